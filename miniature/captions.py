@@ -5,7 +5,6 @@ the label before, after or between them. ``Caption.says`` marks which factors it
 that agrees with its own on those, which is what the contrastive targets of the training are made of.
 """
 
-import random
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +13,53 @@ from miniature.faces import CATEGORIES, CUES, DOMAINS
 
 LABELS = DOMAINS
 FACTORS = (*CATEGORIES, *CUES)  # the order of Caption.says
-CARRIERS = ("photo", "picture", "rendering", "painting", "drawing", "sculpture", "tattoo", "sketch", "doodle", "cartoon",
-            "art", "graffiti", "embroidered", "plushie", "origami", "toy", "plastic", "image")
-ADJECTIVES = ("bad", "good", "low resolution", "bright", "dark", "cropped", "close-up", "black and white", "blurry",
-              "jpeg corrupted", "pixelated", "clean", "dirty", "cool", "nice", "weird", "large", "small", "hard to see")
+CARRIERS = (
+    "photo",
+    "picture",
+    "rendering",
+    "painting",
+    "drawing",
+    "sculpture",
+    "tattoo",
+    "sketch",
+    "doodle",
+    "cartoon",
+    "art",
+    "graffiti",
+    "embroidered",
+    "plushie",
+    "origami",
+    "toy",
+    "plastic",
+    "image",
+)
+ADJECTIVES = (
+    "bad",
+    "good",
+    "low resolution",
+    "bright",
+    "dark",
+    "cropped",
+    "close-up",
+    "black and white",
+    "blurry",
+    "jpeg corrupted",
+    "pixelated",
+    "clean",
+    "dirty",
+    "cool",
+    "nice",
+    "weird",
+    "large",
+    "small",
+    "hard to see",
+)
 ARTICLES = ("a", "the", "my", "one", "many", "")
-HIDDEN = {"sketch": ("skin", "hair_color", "hat_color", "clothes", "background"), "elderly": ("hair_color",),
-          "zombie": ("skin",)}  # what the colors cue of a domain does not show
+HIDDEN = {
+    "sketch": ("skin", "hair_color", "hat_color", "clothes", "background"),
+    "elderly": ("hair_color",),
+    "zombie": ("skin",),
+}  # what the colors cue of a domain does not show
 
 
 @dataclass(frozen=True)
@@ -44,15 +83,26 @@ def attributes(categories, colors="photo"):
     if c["hair"] == "bald":
         found.append(("bald", ("hair",)))
     else:
-        kind = f"{tint('hair_color')}ponytail" if c["hair"] == "ponytail" else f"{c['hair']} {tint('hair_color')}hair"
+        kind = (
+            f"{tint('hair_color')}ponytail"
+            if c["hair"] == "ponytail"
+            else f"{c['hair']} {tint('hair_color')}hair"
+        )
         found.append((kind, ("hair",) if "hair_color" in hidden else ("hair", "hair_color")))
     if c["glasses"] != "none":
         found.append((c["glasses"], ("glasses",)))
     if c["beard"] != "none":
         found.append((c["beard"], ("beard",)))
-    found.append(({"neutral": "serious", "smile": "smiling", "open": "open mouth"}[c["mouth"]], ("mouth",)))
+    found.append(
+        ({"neutral": "serious", "smile": "smiling", "open": "open mouth"}[c["mouth"]], ("mouth",))
+    )
     if c["hat"] != "none":
-        found.append((f"{tint('hat_color')}{c['hat']}", ("hat",) if "hat_color" in hidden else ("hat", "hat_color")))
+        found.append(
+            (
+                f"{tint('hat_color')}{c['hat']}",
+                ("hat",) if "hat_color" in hidden else ("hat", "hat_color"),
+            )
+        )
     if "clothes" not in hidden:
         found.append((f"{c['clothes']} shirt", ("clothes",)))
         found.append((f"{c['background']} background", ("background",)))
@@ -61,7 +111,9 @@ def attributes(categories, colors="photo"):
 
 def names_of(categories):
     """{factor: name} of one row of category indices."""
-    return {k: names[int(i)] for (k, (names, _)), i in zip(CATEGORIES.items(), categories, strict=True)}
+    return {
+        k: names[int(i)] for (k, (names, _)), i in zip(CATEGORIES.items(), categories, strict=True)
+    }
 
 
 def full_caption(categories, domain):
@@ -93,15 +145,25 @@ def write(categories, styles, rng, short=0.25):
             adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.5 else ""
             text = f"{rng.choice(ARTICLES)} {adjective}{rng.choice(CARRIERS)} of {rng.choice(ARTICLES)} {label}"
     else:
-        found = found[:rng.choice((1, 2, 3, 4, 9, 9))]
+        found = found[: rng.choice((1, 2, 3, 4, 9, 9))]
         says.update(f for _, factors in found for f in factors)
         comma = rng.choice((", ", " ", " and "))
         some = comma.join(phrase for phrase, _ in found)
-        person = rng.choice((" of a person with ", " of a person, ", " of ", " with ", " person with ", ", "))
-        text = rng.choice((
-            f"a {label}{person}{some}", f"a {label}{person}{some}", f"{some} {label}", f"{some}, {label}",
-            f"a photo of a person with {some}, {label}", f"a photo of a {label}{person}{some}",
-            f"{'x ' * rng.randint(1, 3)}{some} {label}", f"{label} {some}"))
+        person = rng.choice(
+            (" of a person with ", " of a person, ", " of ", " with ", " person with ", ", ")
+        )
+        text = rng.choice(
+            (
+                f"a {label}{person}{some}",
+                f"a {label}{person}{some}",
+                f"{some} {label}",
+                f"{some}, {label}",
+                f"a photo of a person with {some}, {label}",
+                f"a photo of a {label}{person}{some}",
+                f"{'x ' * rng.randint(1, 3)}{some} {label}",
+                f"{label} {some}",
+            )
+        )
     text = " ".join(text.split()) + rng.choice(("", "", "."))
     return Caption(text, tuple(f in says for f in FACTORS))
 
@@ -118,7 +180,17 @@ def fits(categories, styles, says):
 def known_words():
     """The words that mean something to the miniature's CLIP (carriers such as "photo of" apart)."""
     words = set(" ".join(LABELS).split()) | set(CUES) | {"person", "with", "and", "a", "of", "the"}
-    words |= {"skin", "hair", "shirt", "mouth", "serious", "smiling", "beard", "moustache", "background"}
+    words |= {
+        "skin",
+        "hair",
+        "shirt",
+        "mouth",
+        "serious",
+        "smiling",
+        "beard",
+        "moustache",
+        "background",
+    }
     for key, (names, _) in CATEGORIES.items():
         if key != "mouth":
             words |= set(names) - {"none"}
@@ -128,4 +200,8 @@ def known_words():
 def unknown_words(text):
     """The words of a label that the miniature's CLIP has never seen used, in their order."""
     known = known_words()
-    return [word for word in text.lower().replace(",", " ").replace(".", " ").split() if word not in known]
+    return [
+        word
+        for word in text.lower().replace(",", " ").replace(".", " ").split()
+        if word not in known
+    ]

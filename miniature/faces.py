@@ -16,31 +16,104 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-DOMAINS = ("photo", "anime", "sketch", "pixel art", "watercolor", "ukiyo-e", "zombie", "elderly", "monster")
+DOMAINS = (
+    "photo",
+    "anime",
+    "sketch",
+    "pixel art",
+    "watercolor",
+    "ukiyo-e",
+    "zombie",
+    "elderly",
+    "monster",
+)
 CUES = ("eyes", "colors", "shading", "lines", "background", "texture")
 
 CATEGORIES = {  # factor: (names, probabilities)
     "skin": (("pale", "light", "tan", "brown", "dark"), (0.2, 0.2, 0.2, 0.2, 0.2)),
-    "hair_color": (("black", "brown", "red", "blond", "grey", "blue"), (0.2, 0.16, 0.17, 0.17, 0.12, 0.18)),
-    "hair": (("bald", "short", "long", "curly", "spiky", "ponytail"), (0.1, 0.2, 0.22, 0.18, 0.15, 0.15)),
+    "hair_color": (
+        ("black", "brown", "red", "blond", "grey", "blue"),
+        (0.2, 0.16, 0.17, 0.17, 0.12, 0.18),
+    ),
+    "hair": (
+        ("bald", "short", "long", "curly", "spiky", "ponytail"),
+        (0.1, 0.2, 0.22, 0.18, 0.15, 0.15),
+    ),
     "glasses": (("none", "glasses", "sunglasses"), (0.6, 0.25, 0.15)),
     "beard": (("none", "moustache", "beard"), (0.64, 0.16, 0.2)),
     "mouth": (("neutral", "smile", "open"), (0.34, 0.36, 0.3)),
     "hat": (("none", "cap", "hat"), (0.68, 0.16, 0.16)),
     "hat_color": (("red", "green", "blue", "yellow", "white"), (0.2, 0.2, 0.2, 0.2, 0.2)),
-    "clothes": (("red", "green", "blue", "yellow", "white", "black"), (0.17, 0.17, 0.17, 0.17, 0.16, 0.16)),
-    "background": (("blue", "pink", "green", "yellow", "purple", "grey"), (0.17, 0.17, 0.17, 0.17, 0.16, 0.16)),
+    "clothes": (
+        ("red", "green", "blue", "yellow", "white", "black"),
+        (0.17, 0.17, 0.17, 0.17, 0.16, 0.16),
+    ),
+    "background": (
+        ("blue", "pink", "green", "yellow", "purple", "grey"),
+        (0.17, 0.17, 0.17, 0.17, 0.16, 0.16),
+    ),
 }
-PROPORTIONS = ("head_width", "head_height", "turn", "eye_distance", "eye_size", "nose", "mouth_width", "brow",
-               "hair_length", "light")
-COLOR_FACTORS = ("skin", "hair_color", "hat_color", "clothes", "background")  # what fine layers may change
-W_DIM = 128  # 48 one-hot places, 10 proportions; the rest is room for the mapping network
+PROPORTIONS = (
+    "head_width",
+    "head_height",
+    "turn",
+    "eye_distance",
+    "eye_size",
+    "nose",
+    "mouth_width",
+    "brow",
+    "hair_length",
+    "light",
+)
+COLOR_FACTORS = (
+    "skin",
+    "hair_color",
+    "hat_color",
+    "clothes",
+    "background",
+)  # what fine layers may change
+W_DIM = (
+    128  # 38 places for the categories, 10 proportions; the rest is room for the mapping network
+)
 
-SKIN = ((.97, .85, .77), (.93, .74, .60), (.80, .58, .41), (.60, .39, .26), (.38, .24, .17))
-HAIR = ((.11, .10, .12), (.38, .23, .13), (.78, .29, .10), (.90, .74, .34), (.70, .70, .72), (.20, .33, .82))
-CLOTH = ((.78, .15, .15), (.16, .52, .25), (.18, .30, .74), (.92, .76, .22), (.93, .93, .93), (.15, .15, .18))
-BACKDROP = ((.45, .62, .82), (.85, .58, .68), (.47, .70, .50), (.85, .76, .45), (.62, .50, .78), (.66, .67, .70))
-MONSTER_SKIN = ((.45, .80, .30), (.25, .62, .85), (.66, .35, .80), (.85, .22, .20), (.95, .55, .12))
+SKIN = (
+    (0.97, 0.85, 0.77),
+    (0.93, 0.74, 0.60),
+    (0.80, 0.58, 0.41),
+    (0.60, 0.39, 0.26),
+    (0.38, 0.24, 0.17),
+)
+HAIR = (
+    (0.11, 0.10, 0.12),
+    (0.38, 0.23, 0.13),
+    (0.78, 0.29, 0.10),
+    (0.90, 0.74, 0.34),
+    (0.70, 0.70, 0.72),
+    (0.20, 0.33, 0.82),
+)
+CLOTH = (
+    (0.78, 0.15, 0.15),
+    (0.16, 0.52, 0.25),
+    (0.18, 0.30, 0.74),
+    (0.92, 0.76, 0.22),
+    (0.93, 0.93, 0.93),
+    (0.15, 0.15, 0.18),
+)
+BACKDROP = (
+    (0.45, 0.62, 0.82),
+    (0.85, 0.58, 0.68),
+    (0.47, 0.70, 0.50),
+    (0.85, 0.76, 0.45),
+    (0.62, 0.50, 0.78),
+    (0.66, 0.67, 0.70),
+)
+MONSTER_SKIN = (
+    (0.45, 0.80, 0.30),
+    (0.25, 0.62, 0.85),
+    (0.66, 0.35, 0.80),
+    (0.85, 0.22, 0.20),
+    (0.95, 0.55, 0.12),
+)
 
 
 @dataclass(frozen=True)
@@ -67,11 +140,18 @@ class Persons:
 
 def persons_from_z(z):
     """Read persons off latents z [B, >= 20] ~ N(0, I): one coordinate a factor, cut at the normal's quantiles."""
-    u = 0.5 * (1 + torch.erf(z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt() / math.sqrt(2)))  # [B, z] in (0, 1)
-    cuts = [torch.tensor(p, device=z.device, dtype=z.dtype).cumsum(0)[:-1] for _, p in CATEGORIES.values()]
-    categories = torch.stack([torch.bucketize(u[:, i].contiguous(), cut) for i, cut in enumerate(cuts)], dim=1)
+    u = 0.5 * (
+        1 + torch.erf(z * (z.square().mean(1, keepdim=True) + 1e-8).rsqrt() / math.sqrt(2))
+    )  # [B, z] in (0, 1)
+    cuts = [
+        torch.tensor(p, device=z.device, dtype=z.dtype).cumsum(0)[:-1]
+        for _, p in CATEGORIES.values()
+    ]
+    categories = torch.stack(
+        [torch.bucketize(u[:, i].contiguous(), cut) for i, cut in enumerate(cuts)], dim=1
+    )
     n = len(CATEGORIES)
-    return Persons(categories, 2 * u[:, n:n + len(PROPORTIONS)] - 1)
+    return Persons(categories, 2 * u[:, n : n + len(PROPORTIONS)] - 1)
 
 
 def sample_persons(n, generator=None):
@@ -80,9 +160,21 @@ def sample_persons(n, generator=None):
 
 
 def persons_to_w(persons):
-    """The generator's code of a person, w [B, W_DIM]: one-hot categories and proportions."""
-    hot = [F.one_hot(persons.category(k), len(names)).float() for k, (names, _) in CATEGORIES.items()]
-    w = torch.cat([*hot, persons.proportions], dim=1)
+    """The generator's code of a person, w [B, W_DIM]: +-1 thermometers of the categories, then the proportions.
+
+    A category with K values takes K - 1 places, place k telling whether the index exceeds k: one step of one latent
+    coordinate each, which is what makes the code learnable from z.
+    """
+    steps = [
+        (
+            persons.category(k)[:, None]
+            > torch.arange(len(names) - 1, device=persons.categories.device)
+        ).float()
+        * 2
+        - 1
+        for k, (names, _) in CATEGORIES.items()
+    ]
+    w = torch.cat([*steps, persons.proportions], dim=1)
     return F.pad(w, (0, W_DIM - w.shape[1]))
 
 
@@ -95,88 +187,105 @@ def styles_of(domain, n):
 # ----------------------------------------------------------------------------
 # Style tables: one row a domain, in the order of DOMAINS
 
-EYES = torch.tensor([  # half width, half height, iris radius, pupil share, highlight, iris red, iris yellow, lash
-    [.085, .052, .045, .55, .35, 0, 0, 0.3],
-    [.135, .150, .105, .50, 1.0, 0, 0, 1.0],
-    [.085, .055, .042, .95, .30, 0, 0, 0.8],
-    [.095, .095, .080, .99, .00, 0, 0, 0.5],
-    [.088, .060, .055, .60, .20, 0, 0, 0.2],
-    [.105, .026, .026, .95, .00, 0, 0, 1.0],
-    [.100, .080, .042, .35, .00, 1, 0, 0.0],
-    [.078, .036, .038, .60, .25, 0, 0, 0.2],
-    [.100, .078, .068, .30, .00, 0, 1, 0.6],
-])
-COLORS = torch.tensor([  # saturation, contrast, brightness, towards paper, towards print ink, zombie, grey hair, monster
-    [0.95, 1.0, 0.00, 0.00, 0.0, 0, 0, 0],
-    [1.40, 1.1, 0.06, 0.00, 0.0, 0, 0, 0],
-    [0.12, 1.0, 0.08, 0.25, 0.0, 0, 0, 0],
-    [1.25, 1.2, 0.00, 0.00, 0.0, 0, 0, 0],
-    [0.85, 0.8, 0.05, 0.40, 0.0, 0, 0, 0],
-    [0.60, 0.8, 0.00, 0.00, 0.5, 0, 0, 0],
-    [0.65, 0.9, -.06, 0.00, 0.0, 1, 0, 0],
-    [0.80, 1.0, 0.02, 0.00, 0.0, 0, 1, 0],
-    [1.10, 1.0, 0.00, 0.00, 0.0, 0, 0, 1],
-])
-SHADING = torch.tensor([  # smooth, cel, hatch, eye sockets, hair strands, hair shine, blush
-    [1.0, 0.0, 0.0, 0.10, 1.0, 0.0, 0.3],
-    [0.0, 1.0, 0.0, 0.00, 0.0, 1.0, 1.0],
-    [0.1, 0.0, 1.0, 0.00, 0.0, 0.0, 0.0],
-    [0.0, 0.8, 0.0, 0.00, 0.0, 0.4, 0.0],
-    [0.4, 0.0, 0.0, 0.05, 0.3, 0.0, 1.2],
-    [0.0, 0.0, 0.0, 0.00, 0.5, 0.0, 0.0],
-    [1.4, 0.0, 0.0, 0.75, 1.0, 0.0, 0.0],
-    [1.1, 0.0, 0.0, 0.45, 1.3, 0.0, 0.2],
-    [1.2, 0.0, 0.0, 0.30, 0.8, 0.0, 0.0],
-])
-LINES = torch.tensor([  # width, opacity, red, green, blue, scars, wrinkles, horns and fangs
-    [.000, 0.0, .1, .1, .1, 0, 0, 0],
-    [.046, 1.0, .10, .07, .12, 0, 0, 0],
-    [.044, 1.0, .16, .16, .18, 0, 0, 0],
-    [.056, 0.9, .08, .06, .10, 0, 0, 0],
-    [.030, 0.25, .35, .25, .30, 0, 0, 0],
-    [.034, 1.0, .14, .16, .36, 0, 0, 0],
-    [.000, 0.0, .1, .1, .1, 1, 0, 0],
-    [.000, 0.0, .1, .1, .1, 0, 1, 0],
-    [.000, 0.0, .1, .1, .1, 0, 0, 1],
-])
-BACKGROUND = torch.tensor([  # vignette, lighten, paper, print bands, speed lines, darken, torn edge
-    [1.0, 0.00, 0.0, 0.0, 0.0, 0.00, 0.0],
-    [0.0, 0.32, 0.0, 0.0, 1.0, 0.00, 0.0],
-    [0.0, 0.00, 0.8, 0.0, 0.0, 0.00, 0.0],
-    [0.0, 0.15, 0.0, 0.0, 0.0, 0.00, 0.0],
-    [0.0, 0.20, 0.2, 0.0, 0.0, 0.00, 1.0],
-    [0.0, 0.00, 0.0, 1.0, 0.0, 0.00, 0.0],
-    [1.4, 0.00, 0.0, 0.0, 0.0, 0.28, 0.0],
-    [0.6, 0.08, 0.1, 0.0, 0.0, 0.00, 0.0],
-    [1.6, 0.00, 0.0, 0.0, 0.0, 0.12, 0.0],
-])
-TEXTURE = torch.tensor([  # grain, pixels, blotches, wood, blur
-    [0.00, 0.0, 0.0, 0.0, 0.5],
-    [0.00, 0.0, 0.0, 0.0, 0.0],
-    [.012, 0.0, 0.0, 0.0, 0.0],
-    [0.00, 1.0, 0.0, 0.0, 0.0],
-    [.008, 0.0, 0.6, 0.0, 0.3],
-    [.006, 0.0, 0.0, 0.6, 0.0],
-    [.025, 0.0, 0.2, 0.0, 0.2],
-    [.006, 0.0, 0.0, 0.0, 0.6],
-    [.010, 0.0, 0.2, 0.0, 0.2],
-])
+EYES = torch.tensor(
+    [  # half width, half height, iris radius, pupil share, highlight, iris red, iris yellow, lash
+        [0.085, 0.052, 0.045, 0.55, 0.35, 0, 0, 0.3],
+        [0.135, 0.150, 0.105, 0.50, 1.0, 0, 0, 1.0],
+        [0.085, 0.055, 0.042, 0.95, 0.30, 0, 0, 0.8],
+        [0.095, 0.095, 0.080, 0.99, 0.00, 0, 0, 0.5],
+        [0.088, 0.060, 0.055, 0.60, 0.20, 0, 0, 0.2],
+        [0.105, 0.026, 0.026, 0.95, 0.00, 0, 0, 1.0],
+        [0.100, 0.080, 0.042, 0.35, 0.00, 1, 0, 0.0],
+        [0.078, 0.036, 0.038, 0.60, 0.25, 0, 0, 0.2],
+        [0.100, 0.078, 0.068, 0.30, 0.00, 0, 1, 0.6],
+    ]
+)
+COLORS = torch.tensor(
+    [  # saturation, contrast, brightness, towards paper, towards print ink, zombie, grey hair, monster
+        [0.95, 1.0, 0.00, 0.00, 0.0, 0, 0, 0],
+        [1.40, 1.1, 0.06, 0.00, 0.0, 0, 0, 0],
+        [0.12, 1.0, 0.08, 0.25, 0.0, 0, 0, 0],
+        [1.25, 1.2, 0.00, 0.00, 0.0, 0, 0, 0],
+        [0.85, 0.8, 0.05, 0.40, 0.0, 0, 0, 0],
+        [0.60, 0.8, 0.00, 0.00, 0.5, 0, 0, 0],
+        [0.65, 0.9, -0.06, 0.00, 0.0, 1, 0, 0],
+        [0.80, 1.0, 0.02, 0.00, 0.0, 0, 1, 0],
+        [1.10, 1.0, 0.00, 0.00, 0.0, 0, 0, 1],
+    ]
+)
+SHADING = torch.tensor(
+    [  # smooth, cel, hatch, eye sockets, hair strands, hair shine, blush
+        [1.0, 0.0, 0.0, 0.10, 1.0, 0.0, 0.3],
+        [0.0, 1.0, 0.0, 0.00, 0.0, 1.0, 1.0],
+        [0.1, 0.0, 1.0, 0.00, 0.0, 0.0, 0.0],
+        [0.0, 0.8, 0.0, 0.00, 0.0, 0.4, 0.0],
+        [0.4, 0.0, 0.0, 0.05, 0.3, 0.0, 1.2],
+        [0.0, 0.0, 0.0, 0.00, 0.5, 0.0, 0.0],
+        [1.4, 0.0, 0.0, 0.75, 1.0, 0.0, 0.0],
+        [1.1, 0.0, 0.0, 0.45, 1.3, 0.0, 0.2],
+        [1.2, 0.0, 0.0, 0.30, 0.8, 0.0, 0.0],
+    ]
+)
+LINES = torch.tensor(
+    [  # width, opacity, red, green, blue, scars, wrinkles, horns and fangs
+        [0.000, 0.0, 0.1, 0.1, 0.1, 0, 0, 0],
+        [0.046, 1.0, 0.10, 0.07, 0.12, 0, 0, 0],
+        [0.044, 1.0, 0.16, 0.16, 0.18, 0, 0, 0],
+        [0.056, 0.9, 0.08, 0.06, 0.10, 0, 0, 0],
+        [0.030, 0.25, 0.35, 0.25, 0.30, 0, 0, 0],
+        [0.034, 1.0, 0.14, 0.16, 0.36, 0, 0, 0],
+        [0.000, 0.0, 0.1, 0.1, 0.1, 1, 0, 0],
+        [0.000, 0.0, 0.1, 0.1, 0.1, 0, 1, 0],
+        [0.000, 0.0, 0.1, 0.1, 0.1, 0, 0, 1],
+    ]
+)
+BACKGROUND = torch.tensor(
+    [  # vignette, lighten, paper, print bands, speed lines, darken, torn edge
+        [1.0, 0.00, 0.0, 0.0, 0.0, 0.00, 0.0],
+        [0.0, 0.32, 0.0, 0.0, 1.0, 0.00, 0.0],
+        [0.0, 0.00, 0.8, 0.0, 0.0, 0.00, 0.0],
+        [0.0, 0.15, 0.0, 0.0, 0.0, 0.00, 0.0],
+        [0.0, 0.20, 0.2, 0.0, 0.0, 0.00, 1.0],
+        [0.0, 0.00, 0.0, 1.0, 0.0, 0.00, 0.0],
+        [1.4, 0.00, 0.0, 0.0, 0.0, 0.28, 0.0],
+        [0.6, 0.08, 0.1, 0.0, 0.0, 0.00, 0.0],
+        [1.6, 0.00, 0.0, 0.0, 0.0, 0.12, 0.0],
+    ]
+)
+TEXTURE = torch.tensor(
+    [  # grain, pixels, blotches, wood, blur
+        [0.00, 0.0, 0.0, 0.0, 0.5],
+        [0.00, 0.0, 0.0, 0.0, 0.0],
+        [0.012, 0.0, 0.0, 0.0, 0.0],
+        [0.00, 1.0, 0.0, 0.0, 0.0],
+        [0.008, 0.0, 0.6, 0.0, 0.3],
+        [0.006, 0.0, 0.0, 0.6, 0.0],
+        [0.025, 0.0, 0.2, 0.0, 0.2],
+        [0.006, 0.0, 0.0, 0.0, 0.6],
+        [0.010, 0.0, 0.2, 0.0, 0.2],
+    ]
+)
 
 
 # ----------------------------------------------------------------------------
 # Signed distances, all [B, H, W] in units of the picture's half width
 
+
 def _ellipse(x, y, a, b):
     """Distance to an ellipse with half axes a, b (first-order exact near the edge)."""
     q = ((x / a).square() + (y / b).square()).clamp_min(1e-6).sqrt()
-    g = ((x / a ** 2).square() + (y / b ** 2).square()).clamp_min(1e-6).sqrt()
+    g = ((x / a**2).square() + (y / b**2).square()).clamp_min(1e-6).sqrt()
     return q * (q - 1) / g
 
 
 def _box(x, y, a, b, r=0.0):
     """Distance to a box with half sides a, b and corner radius r."""
     dx, dy = x.abs() - a + r, y.abs() - b + r
-    return (dx.clamp_min(0).square() + dy.clamp_min(0).square() + 1e-12).sqrt() + torch.maximum(dx, dy).clamp_max(0) - r
+    return (
+        (dx.clamp_min(0).square() + dy.clamp_min(0).square() + 1e-12).sqrt()
+        + torch.maximum(dx, dy).clamp_max(0)
+        - r
+    )
 
 
 def _stroke(x, y, x0, y0, x1, y1, r):
@@ -196,6 +305,7 @@ def _choose(index, *options):
 
 # ----------------------------------------------------------------------------
 # Painting
+
 
 class _Canvas:
     """A picture being painted back to front, with the light and line style of every person in the batch."""
@@ -219,10 +329,14 @@ class _Canvas:
     def paint(self, color, d, cx=0.0, cy=0.0, size=0.4, line=1.0, shade=1.0, inner=None):
         """Fill d < 0 with color [B, 3, 1, 1], lit by the shading cue around (cx, cy), and draw its outline."""
         smooth, cel = self.shading[:, 0], self.shading[:, 1]
-        toward = ((self.x - cx) * self.light + (self.y - cy) * 0.35) / size  # [B, H, W], > 0 away from the light
+        toward = (
+            (self.x - cx) * self.light + (self.y - cy) * 0.35
+        ) / size  # [B, H, W], > 0 away from the light
         rim = (1 + d / (0.5 * size)).clamp(0, 1).square()
         tone = 1 - shade * smooth * (0.16 * toward.clamp(-1, 1.2) + 0.20 * rim)
-        tone = tone - shade * cel * 0.26 * (toward - 0.42).div(self.pixel * 2 / size).add(0.5).clamp(0, 1)
+        tone = tone - shade * cel * 0.26 * (toward - 0.42).div(self.pixel * 2 / size).add(
+            0.5
+        ).clamp(0, 1)
         if inner is not None:
             tone = tone * inner
         self.blend((color * tone[:, None]).clamp(0, 1), self.cover(d))
@@ -239,8 +353,12 @@ def _recolor(c, t):
     gray = _luminance(c)
     c = gray + (c - gray) * t[:, 0:1]
     c = (c - 0.5) * t[:, 1:2] + 0.5 + t[:, 2:3]
-    c = torch.lerp(c, c.new_tensor([.98, .96, .92])[:, None, None], t[:, 3:4])
-    ink = torch.lerp(c.new_tensor([.20, .22, .38])[:, None, None], c.new_tensor([.93, .82, .62])[:, None, None], gray)
+    c = torch.lerp(c, c.new_tensor([0.98, 0.96, 0.92])[:, None, None], t[:, 3:4])
+    ink = torch.lerp(
+        c.new_tensor([0.20, 0.22, 0.38])[:, None, None],
+        c.new_tensor([0.93, 0.82, 0.62])[:, None, None],
+        gray,
+    )
     return torch.lerp(c, ink, t[:, 4:5]).clamp(0, 1)
 
 
@@ -254,8 +372,10 @@ def render(persons, styles, size=64, rng=None):
     B, S, device = len(persons), size, persons.proportions.device
     rng = rng if rng is not None else torch.Generator().manual_seed(0)
     styles = styles.to(device)
-    rows = [table.to(device)[styles[:, i]][:, :, None, None]
-            for i, table in enumerate((EYES, COLORS, SHADING, LINES, BACKGROUND, TEXTURE))]
+    rows = [
+        table.to(device)[styles[:, i]][:, :, None, None]
+        for i, table in enumerate((EYES, COLORS, SHADING, LINES, BACKGROUND, TEXTURE))
+    ]
     eyes, colors, shading, lines, backdrop, texture = rows
     axis = (torch.arange(S, device=device) + 0.5) * 2 / S - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -272,26 +392,41 @@ def render(persons, styles, size=64, rng=None):
     raw_skin = palette(SKIN, "skin")
     skin = _recolor(raw_skin, colors)
     tone = _luminance(raw_skin)
-    skin = torch.lerp(skin, skin.new_tensor([.40, .62, .28])[:, None, None] * (0.55 + 0.55 * tone), 0.9 * undead)
+    skin = torch.lerp(
+        skin,
+        skin.new_tensor([0.40, 0.62, 0.28])[:, None, None] * (0.55 + 0.55 * tone),
+        0.9 * undead,
+    )
     skin = torch.lerp(skin, palette(MONSTER_SKIN, "skin"), 0.95 * monster)
     raw_hair = palette(HAIR, "hair_color")
     hair = _recolor(raw_hair, colors)
-    hair = torch.lerp(hair, hair.new_tensor([.84, .84, .86])[:, None, None], 0.88 * grey_hair)
-    cloth, hat_color = _recolor(palette(CLOTH, "clothes"), colors), _recolor(palette(CLOTH[:5], "hat_color"), colors)
-    lip = _recolor(torch.lerp(raw_skin, raw_skin.new_tensor([.75, .25, .25])[:, None, None], 0.55), colors)
+    hair = torch.lerp(hair, hair.new_tensor([0.84, 0.84, 0.86])[:, None, None], 0.88 * grey_hair)
+    cloth, hat_color = (
+        _recolor(palette(CLOTH, "clothes"), colors),
+        _recolor(palette(CLOTH[:5], "hat_color"), colors),
+    )
+    lip = _recolor(
+        torch.lerp(raw_skin, raw_skin.new_tensor([0.75, 0.25, 0.25])[:, None, None], 0.55), colors
+    )
     lip = torch.lerp(lip, skin * 0.55, (undead + monster).clamp(0, 1))
-    dark = _recolor(skin.new_tensor([.10, .08, .09])[None, :, None, None].expand(B, 3, 1, 1), colors)
-    white = skin.new_tensor([.97, .97, .96])[None, :, None, None].expand(B, 3, 1, 1)
+    dark = _recolor(
+        skin.new_tensor([0.10, 0.08, 0.09])[None, :, None, None].expand(B, 3, 1, 1), colors
+    )
+    white = skin.new_tensor([0.97, 0.97, 0.96])[None, :, None, None].expand(B, 3, 1, 1)
 
     # background: the person's colour, altered by the cue
     wall = palette(BACKDROP, "background")
     wall = torch.lerp(wall, torch.ones_like(wall), backdrop[:, 1:2])
-    wall = torch.lerp(wall, wall.new_tensor([.95, .93, .89])[:, None, None], backdrop[:, 2:3])
-    wall = torch.lerp(wall, wall.new_tensor([.90, .80, .62])[:, None, None], 0.55 * backdrop[:, 3:4])
+    wall = torch.lerp(wall, wall.new_tensor([0.95, 0.93, 0.89])[:, None, None], backdrop[:, 2:3])
+    wall = torch.lerp(
+        wall, wall.new_tensor([0.90, 0.80, 0.62])[:, None, None], 0.55 * backdrop[:, 3:4]
+    )
     wall = wall * (1 - backdrop[:, 5:6])
-    radius = (x.square() + (y + 0.1).square())
+    radius = x.square() + (y + 0.1).square()
     wall = wall * (1 + backdrop[:, 0:1] * (0.06 - 0.16 * radius))
-    band = torch.sin(9 * y + 1.5 * torch.sin(3 * x) + 4 * persons.proportion("hair_length"))[:, None]
+    band = torch.sin(9 * y + 1.5 * torch.sin(3 * x) + 4 * persons.proportion("hair_length"))[
+        :, None
+    ]
     wall = wall * (1 + backdrop[:, 3:4] * 0.07 * (band * 6).clamp(-1, 1))
     ray = torch.sin(torch.atan2(y - 0.1, x) * 12)[:, None]
     wall = wall + backdrop[:, 4:5] * 0.035 * (ray * 5).clamp(-1, 1)
@@ -317,9 +452,15 @@ def render(persons, styles, size=64, rng=None):
     long_back = _box(hx, hy - 0.10 - length / 2, a + 0.13, 0.62 + length / 2, 0.34)
     curly_back = _ellipse(hx, hy + 0.10, a + 0.19, b + 0.10) + bump
     tail_x = hx - (a + 0.12)
-    tail = torch.minimum(_ellipse(tail_x + 0.06, hy - 0.02 - length / 2, 0.13, 0.40 + length / 2),
-                         _ellipse(hx, hy + 0.06, a + 0.05, b + 0.03))
-    tail = torch.where(hy > 0.25, torch.maximum(tail, _ellipse(tail_x + 0.06, hy - 0.02 - length / 2, 0.13, 0.42)), tail)
+    tail = torch.minimum(
+        _ellipse(tail_x + 0.06, hy - 0.02 - length / 2, 0.13, 0.40 + length / 2),
+        _ellipse(hx, hy + 0.06, a + 0.05, b + 0.03),
+    )
+    tail = torch.where(
+        hy > 0.25,
+        torch.maximum(tail, _ellipse(tail_x + 0.06, hy - 0.02 - length / 2, 0.13, 0.42)),
+        tail,
+    )
     back = _choose(hair_style, far, far, long_back, curly_back, far, tail)
     canvas.paint(hair * 0.82, back, cx, cy, 0.6, inner=hair_inner)
 
@@ -330,30 +471,55 @@ def render(persons, styles, size=64, rng=None):
     canvas.paint(cloth, body, 0, 1.0, 0.7)
     collar = _ellipse(x - cx * 0.6, y - 0.74, 0.20, 0.13)
     canvas.paint(skin * 0.86, torch.maximum(collar, body - 0.02), 0, 0.7, 0.3, line=0.8)
-    canvas.blend((skin * 0.62).clamp(0, 1),  # the chin's shadow
-                 canvas.cover(torch.maximum(torch.minimum(neck, collar), -(hy - b - 0.07)))
-                 * 0.55 * (shading[:, 0] + shading[:, 1]).clamp(0, 1))
+    canvas.blend(
+        (skin * 0.62).clamp(0, 1),  # the chin's shadow
+        canvas.cover(torch.maximum(torch.minimum(neck, collar), -(hy - b - 0.07)))
+        * 0.55
+        * (shading[:, 0] + shading[:, 1]).clamp(0, 1),
+    )
 
     # ears, head
     for side in (-1, 1):
-        canvas.paint(skin * 0.94, _ellipse(hx - side * (a + 0.01) + 0.04 * turn, hy - 0.05, 0.065, 0.11), cx, cy, 0.4)
+        canvas.paint(
+            skin * 0.94,
+            _ellipse(hx - side * (a + 0.01) + 0.04 * turn, hy - 0.05, 0.065, 0.11),
+            cx,
+            cy,
+            0.4,
+        )
     canvas.paint(skin, head, cx, cy, 0.45)
     for side in (-1, 1):  # cheeks
-        blush = (1 - _ellipse(fx - side * 0.22, hy - 0.20, 0.1, 0.07).clamp(-.07, .07) / 0.07) / 2
-        canvas.blend(torch.lerp(skin, skin.new_tensor([.95, .40, .38])[:, None, None], 0.5),
-                     blush.clamp(0, 1) * 0.45 * shading[:, 6])
+        blush = (1 - _ellipse(fx - side * 0.22, hy - 0.20, 0.1, 0.07).clamp(-0.07, 0.07) / 0.07) / 2
+        canvas.blend(
+            torch.lerp(skin, skin.new_tensor([0.95, 0.40, 0.38])[:, None, None], 0.5),
+            blush.clamp(0, 1) * 0.45 * shading[:, 6],
+        )
 
     # beard and moustache
     beard_kind = persons.category("beard")
     facial_hair = torch.lerp(hair, hair * 0.9, 1.0)
-    jaw_hair = torch.maximum(head - 0.015, torch.maximum(-(hy - 0.16 - 0.55 * (fx.abs() - 0.24).clamp_min(0) * -1.2),
-                                                         -_ellipse(fx, hy - 0.20, 0.23, 0.13)))
+    jaw_hair = torch.maximum(
+        head - 0.015,
+        torch.maximum(
+            -(hy - 0.16 - 0.55 * (fx.abs() - 0.24).clamp_min(0) * -1.2),
+            -_ellipse(fx, hy - 0.20, 0.23, 0.13),
+        ),
+    )
     full = torch.where((beard_kind == 2)[:, None, None], jaw_hair, far)
     canvas.paint(facial_hair, full, cx, cy, 0.5, line=0.8, inner=hair_inner)
     mouth_y = 0.30
-    stache = torch.minimum(_stroke(fx, hy, 0.01, mouth_y - 0.065, 0.13, mouth_y - 0.035, 0.036),
-                           _stroke(fx, hy, -0.01, mouth_y - 0.065, -0.13, mouth_y - 0.035, 0.036))
-    canvas.paint(facial_hair, torch.where((beard_kind > 0)[:, None, None], stache, far), cx, cy, 0.5, line=0.6)
+    stache = torch.minimum(
+        _stroke(fx, hy, 0.01, mouth_y - 0.065, 0.13, mouth_y - 0.035, 0.036),
+        _stroke(fx, hy, -0.01, mouth_y - 0.065, -0.13, mouth_y - 0.035, 0.036),
+    )
+    canvas.paint(
+        facial_hair,
+        torch.where((beard_kind > 0)[:, None, None], stache, far),
+        cx,
+        cy,
+        0.5,
+        line=0.6,
+    )
 
     # mouth
     width = 0.12 + 0.025 * persons.proportion("mouth_width")
@@ -363,13 +529,20 @@ def render(persons, styles, size=64, rng=None):
     smile = torch.maximum(_ellipse(fx, my + 0.04, width * 1.15, 0.115), -(my + 0.0) + 0.0)
     openm = _ellipse(fx, my - 0.025, width * 0.62, 0.085)
     canvas.paint(lip, _choose(mouth, neutral, far, far), cx, cy, 0.5, line=0.5, shade=0)
-    inside = _recolor(dark.new_tensor([.42, .07, .08])[None, :, None, None].expand(B, 3, 1, 1), colors)
+    inside = _recolor(
+        dark.new_tensor([0.42, 0.07, 0.08])[None, :, None, None].expand(B, 3, 1, 1), colors
+    )
     canvas.paint(inside, _choose(mouth, far, far, openm), cx, cy, 0.5, shade=0)
     canvas.outline(_choose(mouth, far, far, openm), 1.0, 0.8)
     canvas.paint(white, _choose(mouth, far, smile, far), cx, cy, 0.5, shade=0)
     lips = _choose(mouth, far, smile.abs() - 0.016, openm.abs() - 0.018)
     canvas.blend(lip * 0.85, canvas.cover(lips) * 0.8)
-    fang = torch.minimum(*[_stroke(fx, hy, s * 0.075, mouth_y + 0.01, s * 0.068, mouth_y + 0.10, 0.020) for s in (-1, 1)])
+    fang = torch.minimum(
+        *[
+            _stroke(fx, hy, s * 0.075, mouth_y + 0.01, s * 0.068, mouth_y + 0.10, 0.020)
+            for s in (-1, 1)
+        ]
+    )
     canvas.blend(white, canvas.cover(fang) * lines[:, 7])
 
     # nose
@@ -377,38 +550,67 @@ def render(persons, styles, size=64, rng=None):
     nose = _ellipse(fx - 0.03 * turn, hy - tip, 0.045, 0.038)
     bridge = _stroke(fx - 0.02 * turn, hy, 0.035, 0.03, 0.035, tip, 0.012)
     soft = (shading[:, 0] * 0.5).clamp(0, 0.6)
-    canvas.blend(skin * 0.72, (canvas.cover(bridge) * 0.35 + canvas.cover(nose) * 0.6).clamp(0, 1) * soft)
+    canvas.blend(
+        skin * 0.72, (canvas.cover(bridge) * 0.35 + canvas.cover(nose) * 0.6).clamp(0, 1) * soft
+    )
     nose_line = torch.maximum(nose, -(hy - tip - 0.005)).abs() - lines[:, 0] * 0.35
-    canvas.blend(lines[:, 2:5], canvas.cover(nose_line) * canvas.cover(-(hy - tip)) * lines[:, 1] * 0.8)
+    canvas.blend(
+        lines[:, 2:5], canvas.cover(nose_line) * canvas.cover(-(hy - tip)) * lines[:, 1] * 0.8
+    )
 
     # eyes
     ew = eyes[:, 0] * (1 + 0.12 * persons.proportion("eye_size"))
     eh = eyes[:, 1] * (1 + 0.12 * persons.proportion("eye_size"))
     gap = 0.185 + 0.018 * persons.proportion("eye_distance")
     ey = hy + 0.03 - 0.03 * big_eyes
-    blue = skin.new_tensor([.22, .36, .55])[:, None, None]
+    blue = skin.new_tensor([0.22, 0.36, 0.55])[:, None, None]
     iris = _recolor(blue[None].expand(B, 3, 1, 1), colors)
-    iris = torch.lerp(iris, skin.new_tensor([.85, .12, .08])[:, None, None], eyes[:, 5:6])
-    iris = torch.lerp(iris, skin.new_tensor([.98, .85, .15])[:, None, None], eyes[:, 6:7])
+    iris = torch.lerp(iris, skin.new_tensor([0.85, 0.12, 0.08])[:, None, None], eyes[:, 5:6])
+    iris = torch.lerp(iris, skin.new_tensor([0.98, 0.85, 0.15])[:, None, None], eyes[:, 6:7])
     for side in (-1, 1):
         ex = fx - side * gap
-        socket = (1 - _ellipse(ex, ey - 0.01, ew * 1.5, eh * 1.1 + 0.06).clamp(-.06, .06) / 0.06) / 2
+        socket = (
+            1 - _ellipse(ex, ey - 0.01, ew * 1.5, eh * 1.1 + 0.06).clamp(-0.06, 0.06) / 0.06
+        ) / 2
         canvas.blend(skin * 0.35, socket.clamp(0, 1) * shading[:, 3])
         eye = _ellipse(ex, ey, ew, eh)
         canvas.blend(torch.lerp(white, iris, eyes[:, 6:7] * 0.75), canvas.cover(eye))
         r = eyes[:, 2] * (1 + 0.12 * persons.proportion("eye_size"))
         gx = ex - 0.018 * turn
-        ball = torch.maximum(_ellipse(gx, ey, r * (0.9 - 0.05 * big_eyes), r * (1 + 0.12 * big_eyes)), eye)
-        canvas.blend(iris * (0.75 + 0.7 * (ey / eh.clamp_min(.03)).clamp(-.5, .8) * big_eyes)[:, None].clamp(0, 2),
-                     canvas.cover(ball))
+        ball = torch.maximum(
+            _ellipse(gx, ey, r * (0.9 - 0.05 * big_eyes), r * (1 + 0.12 * big_eyes)), eye
+        )
+        canvas.blend(
+            iris
+            * (0.75 + 0.7 * (ey / eh.clamp_min(0.03)).clamp(-0.5, 0.8) * big_eyes)[:, None].clamp(
+                0, 2
+            ),
+            canvas.cover(ball),
+        )
         slit = 1 - 0.6 * eyes[:, 6]
-        canvas.blend(dark, canvas.cover(torch.maximum(_ellipse(gx, ey, r * eyes[:, 3] * slit, r * eyes[:, 3]
-                                                               * (1 + 0.5 * eyes[:, 6])), eye)))
-        shine = torch.minimum(_ellipse(gx + 0.35 * r, ey + 0.4 * r, r * 0.34, r * 0.40),
-                              _ellipse(gx - 0.35 * r, ey - 0.45 * r, r * 0.18, r * 0.18))
+        canvas.blend(
+            dark,
+            canvas.cover(
+                torch.maximum(
+                    _ellipse(
+                        gx, ey, r * eyes[:, 3] * slit, r * eyes[:, 3] * (1 + 0.5 * eyes[:, 6])
+                    ),
+                    eye,
+                )
+            ),
+        )
+        shine = torch.minimum(
+            _ellipse(gx + 0.35 * r, ey + 0.4 * r, r * 0.34, r * 0.40),
+            _ellipse(gx - 0.35 * r, ey - 0.45 * r, r * 0.18, r * 0.18),
+        )
         canvas.blend(white, canvas.cover(shine) * eyes[:, 4])
-        lid = torch.maximum(eye.abs() - 0.012 - 0.014 * eyes[:, 7], ey - eh * 0.05)  # upper lid and lashes
-        canvas.blend(torch.lerp(skin * 0.45, dark, eyes[:, 7:8]), canvas.cover(lid) * (0.55 + 0.45 * eyes[:, 7]))
+        lid = torch.maximum(
+            eye.abs() - 0.012 - 0.014 * eyes[:, 7], ey - eh * 0.05
+        )  # upper lid and lashes
+        canvas.blend(
+            torch.lerp(skin * 0.45, dark, eyes[:, 7:8]),
+            canvas.cover(lid) * (0.55 + 0.45 * eyes[:, 7]),
+        )
         canvas.outline(eye, 0.7, 0.6)
         brow_y = -0.17 - 0.03 * persons.proportion("brow") - 0.05 * big_eyes
         brow = _stroke(ex, hy, -side * 0.075, brow_y + 0.012, side * 0.085, brow_y, 0.020)
@@ -419,26 +621,54 @@ def render(persons, styles, size=64, rng=None):
         canvas.blend(color, canvas.cover(d) * strength)
 
     for k, wy in enumerate((-0.30, -0.25)):
-        mark(_stroke(fx, hy + 0.02 * torch.cos(9 * fx), -0.15, wy, 0.17, wy, 0.012), skin * 0.5, 0.9 * lines[:, 6])
+        mark(
+            _stroke(fx, hy + 0.02 * torch.cos(9 * fx), -0.15, wy, 0.17, wy, 0.012),
+            skin * 0.5,
+            0.9 * lines[:, 6],
+        )
     for side in (-1, 1):
-        mark(_stroke(fx, hy, side * 0.085, 0.155, side * 0.19, 0.30, 0.011), skin * 0.45, 1.0 * lines[:, 6])
-        mark(_stroke(fx - side * gap, hy, -0.06, 0.075, 0.07, 0.065, 0.014), skin * 0.45, 0.9 * lines[:, 6])
-        mark(_stroke(fx - side * gap, hy, side * 0.10, 0.0, side * 0.17, 0.035, 0.012), skin * 0.5, 0.9 * lines[:, 6])
-    blood = skin.new_tensor([.35, .06, .06])[None, :, None, None].expand(B, 3, 1, 1)
+        mark(
+            _stroke(fx, hy, side * 0.085, 0.155, side * 0.19, 0.30, 0.011),
+            skin * 0.45,
+            1.0 * lines[:, 6],
+        )
+        mark(
+            _stroke(fx - side * gap, hy, -0.06, 0.075, 0.07, 0.065, 0.014),
+            skin * 0.45,
+            0.9 * lines[:, 6],
+        )
+        mark(
+            _stroke(fx - side * gap, hy, side * 0.10, 0.0, side * 0.17, 0.035, 0.012),
+            skin * 0.5,
+            0.9 * lines[:, 6],
+        )
+    blood = skin.new_tensor([0.35, 0.06, 0.06])[None, :, None, None].expand(B, 3, 1, 1)
     mark(_stroke(fx, hy, 0.16, 0.10, 0.25, 0.27, 0.014), blood, lines[:, 5])
     for k in range(3):
         sx, sy = 0.18 + 0.03 * k, 0.13 + 0.055 * k
-        mark(_stroke(fx, hy, sx - 0.045, sy + 0.02, sx + 0.045, sy - 0.02, 0.009), blood * 0.6, lines[:, 5])
+        mark(
+            _stroke(fx, hy, sx - 0.045, sy + 0.02, sx + 0.045, sy - 0.02, 0.009),
+            blood * 0.6,
+            lines[:, 5],
+        )
     mark(_stroke(fx, hy, -0.20, -0.30, -0.06, -0.24, 0.013), blood, lines[:, 5])
 
     # glasses
     kind = persons.category("glasses")
     rim = torch.minimum(*[_ellipse(fx - s * gap, hy + 0.025, 0.135, 0.115) for s in (-1, 1)])
-    bar = torch.minimum(_stroke(fx, hy, -gap + 0.12, -0.045, gap - 0.12, -0.045, 0.014),
-                        torch.minimum(*[_stroke(fx, hy, s * (gap + 0.13), -0.045, s * (a + 0.02), -0.06, 0.014)
-                                        for s in (-1, 1)]))
+    bar = torch.minimum(
+        _stroke(fx, hy, -gap + 0.12, -0.045, gap - 0.12, -0.045, 0.014),
+        torch.minimum(
+            *[
+                _stroke(fx, hy, s * (gap + 0.13), -0.045, s * (a + 0.02), -0.06, 0.014)
+                for s in (-1, 1)
+            ]
+        ),
+    )
     frame = torch.minimum(rim.abs() - 0.018, bar)
-    black = _recolor(dark.new_tensor([.13, .11, .12])[None, :, None, None].expand(B, 3, 1, 1), colors)
+    black = _recolor(
+        dark.new_tensor([0.13, 0.11, 0.12])[None, :, None, None].expand(B, 3, 1, 1), colors
+    )
     canvas.blend(black, canvas.cover(torch.where((kind == 2)[:, None, None], rim, far)) * 0.95)
     glint = torch.maximum(rim + 0.035, (fx * 0.6 + hy + 0.07).abs() - 0.018)
     canvas.blend(white, canvas.cover(torch.where((kind == 2)[:, None, None], glint, far)) * 0.35)
@@ -449,25 +679,45 @@ def render(persons, styles, size=64, rng=None):
     zig = (torch.remainder(hx * 7.0, 1.0) - 0.5).abs()
     scalp = _ellipse(hx, hy + 0.03, a + 0.045, b + 0.045)
     short = torch.maximum(scalp, hy + 0.24 + wave + 0.10 * (hx / a).square() * -1.5)
-    fringe = torch.maximum(_ellipse(hx, hy + 0.02, a + 0.085, b + 0.085),
-                           torch.maximum(hy - 0.42, -_ellipse(hx - 0.05, hy - 0.22, 0.34, 0.49)))
-    curly = torch.maximum(_ellipse(hx, hy + 0.16, a + 0.13, b - 0.03) + bump, hy + 0.24 + 0.6 * bump - 0.10 * (hx / a).square())
-    spiky = torch.maximum(_ellipse(hx, hy + 0.12, a + 0.06, b + 0.02 - 0.0) - 0.17 * (0.5 - zig) * (1 - (hy + 0.3).clamp(0, 1)),
-                          hy + 0.15 + 0.20 * zig - 0.12 * (hx / a).square())
-    sleek = torch.maximum(_ellipse(hx, hy + 0.03, a + 0.04, b + 0.04), -_ellipse(hx + 0.03, hy - 0.20, 0.37, 0.48))
+    fringe = torch.maximum(
+        _ellipse(hx, hy + 0.02, a + 0.085, b + 0.085),
+        torch.maximum(hy - 0.42, -_ellipse(hx - 0.05, hy - 0.22, 0.34, 0.49)),
+    )
+    curly = torch.maximum(
+        _ellipse(hx, hy + 0.16, a + 0.13, b - 0.03) + bump,
+        hy + 0.24 + 0.6 * bump - 0.10 * (hx / a).square(),
+    )
+    spiky = torch.maximum(
+        _ellipse(hx, hy + 0.12, a + 0.06, b + 0.02 - 0.0)
+        - 0.17 * (0.5 - zig) * (1 - (hy + 0.3).clamp(0, 1)),
+        hy + 0.15 + 0.20 * zig - 0.12 * (hx / a).square(),
+    )
+    sleek = torch.maximum(
+        _ellipse(hx, hy + 0.03, a + 0.04, b + 0.04), -_ellipse(hx + 0.03, hy - 0.20, 0.37, 0.48)
+    )
     sleek = torch.maximum(sleek, hy - 0.04)
     front = _choose(hair_style, far, short, fringe, curly, spiky, sleek)
     canvas.paint(hair, front, cx, cy - 0.2, 0.5, inner=hair_inner)
-    gloss = (_ellipse(hx + 0.05, hy + 0.05, a * 0.8, b * 0.72 + 0.03 * torch.sin(24 * hx)).abs() - 0.022)
+    gloss = (
+        _ellipse(hx + 0.05, hy + 0.05, a * 0.8, b * 0.72 + 0.03 * torch.sin(24 * hx)).abs() - 0.022
+    )
     gloss = torch.maximum(torch.maximum(gloss, front + 0.05), hx.abs() - 0.24)
-    canvas.blend(torch.lerp(hair, torch.ones_like(hair), 0.55), canvas.cover(gloss) * shading[:, 5] * canvas.cover(hy + 0.2))
+    canvas.blend(
+        torch.lerp(hair, torch.ones_like(hair), 0.55),
+        canvas.cover(gloss) * shading[:, 5] * canvas.cover(hy + 0.2),
+    )
 
     # horns, then the hat over everything
     for side in (-1, 1):
         hornx, horny = hx - side * 0.25, hy + 0.62
-        horn = _stroke(hornx, horny, 0.0 * side, 0.18, side * 0.07, -0.13, 0.070) + 0.20 * (-horny + 0.05).clamp(-.2, .28)
-        canvas.blend(skin.new_tensor([.93, .88, .74])[:, None, None] * (0.8 + 0.25 * torch.sin(30 * horny)[:, None] * 0.5),
-                     canvas.cover(horn) * lines[:, 7])
+        horn = _stroke(hornx, horny, 0.0 * side, 0.18, side * 0.07, -0.13, 0.070) + 0.20 * (
+            -horny + 0.05
+        ).clamp(-0.2, 0.28)
+        canvas.blend(
+            skin.new_tensor([0.93, 0.88, 0.74])[:, None, None]
+            * (0.8 + 0.25 * torch.sin(30 * horny)[:, None] * 0.5),
+            canvas.cover(horn) * lines[:, 7],
+        )
     dome = torch.maximum(_ellipse(hx, hy + 0.18, a + 0.07, 0.46), hy + 0.27)
     peak = _ellipse(hx - 0.22 - 0.25 * turn, hy + 0.28, 0.42, 0.075)
     crown = torch.maximum(_box(hx, hy + 0.45, a * 0.86, 0.20, 0.10), -(hy + 0.80))
@@ -495,8 +745,12 @@ def _finish(image, x, y, shading, colors, lines, backdrop, texture, size, rng):
     cross = torch.sin((x - y) * 62)[:, None]
     ink = ((0.80 - gray) * 3).clamp(0, 1) * ((stripe - 0.1) * 2).clamp(0, 1)
     ink = torch.maximum(ink, ((0.55 - gray) * 4).clamp(0, 1) * ((cross - 0.1) * 2).clamp(0, 1))
-    paper = image.new_tensor([.97, .96, .94])[:, None, None]
-    drawn = torch.lerp(torch.lerp(image, paper, 0.62), image.new_tensor([.22, .22, .24])[:, None, None], 0.85 * ink)
+    paper = image.new_tensor([0.97, 0.96, 0.94])[:, None, None]
+    drawn = torch.lerp(
+        torch.lerp(image, paper, 0.62),
+        image.new_tensor([0.22, 0.22, 0.24])[:, None, None],
+        0.85 * ink,
+    )
     drawn = torch.where(gray < 0.36, torch.lerp(drawn, image, 0.6), drawn)
     image = torch.lerp(image, drawn, shading[:, 2:3])
 

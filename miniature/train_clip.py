@@ -30,7 +30,9 @@ class Config:
     small_steps: int = 2500  # steps on 64 pixels
     large_steps: int = 1500  # steps on 128 pixels
     batch: int = 64
-    lr: float = 1.5e-3  # peak rate, cosine to 0 within each resolution (the second starts at 0.6 of it)
+    lr: float = (
+        1.5e-3  # peak rate, cosine to 0 within each resolution (the second starts at 0.6 of it)
+    )
     epsilon: float = 5.0  # L2 radius of the attack on [-1, 1] pixels, ramped in over the first half of the 64 px steps
     token_noise: float = 0.3  # random noise on token embeddings, whose rows start at rms 1
     seed: int = 0
@@ -42,6 +44,7 @@ class Config:
 # ----------------------------------------------------------------------------
 # Data
 
+
 def render_pool(n, seed):
     """n pictures (uint8 [n, 3, 64, 64]), their persons' categories [n, 10] and styles [n, 6]."""
     rng = torch.Generator().manual_seed(seed)
@@ -49,15 +52,17 @@ def render_pool(n, seed):
     k = len(faces.DOMAINS)
     styles = torch.randint(k, (n, 1), generator=rng).repeat(1, len(faces.CUES))
     mixed = torch.rand(n, 1, generator=rng) < 0.4
-    base = torch.where(torch.rand(n, 1, generator=rng) < 0.5, torch.zeros(n, 1, dtype=torch.long), styles[:, :1])
+    base = torch.where(
+        torch.rand(n, 1, generator=rng) < 0.5, torch.zeros(n, 1, dtype=torch.long), styles[:, :1]
+    )
     other = torch.randint(k, (n, 1), generator=rng)
     order = torch.rand(n, len(faces.CUES), generator=rng).argsort(1)
     some = order < torch.randint(1, len(faces.CUES), (n, 1), generator=rng)
     styles = torch.where(mixed, torch.where(some, other, base), styles)
     images = torch.empty(n, 3, 64, 64, dtype=torch.uint8)
     for i in trange(0, n, 250, desc="pool", disable=None):
-        part = faces.render(persons[i:i + 250], styles[i:i + 250], rng=rng)
-        images[i:i + 250] = ((part + 1) * 127.5).round().to(torch.uint8)
+        part = faces.render(persons[i : i + 250], styles[i : i + 250], rng=rng)
+        images[i : i + 250] = ((part + 1) * 127.5).round().to(torch.uint8)
     return images, persons.categories, styles
 
 
@@ -83,11 +88,20 @@ def augment(x, rng):
     theta = torch.zeros(B, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = scale[:, 0]
     theta[:, :, 2] = shift
-    x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
+    x = F.grid_sample(
+        x,
+        F.affine_grid(theta, x.shape, align_corners=False),
+        padding_mode="reflection",
+        align_corners=False,
+    )
     x = (x + 1) / 2
-    on = (torch.rand(B, 1, 1, 1, generator=rng) < 0.7).float()  # photometric changes on most of the pictures
+    on = (
+        torch.rand(B, 1, 1, 1, generator=rng) < 0.7
+    ).float()  # photometric changes on most of the pictures
     gray = x.mean(1, keepdim=True)
-    x = gray + (x - gray) * (1 + on * (uniform(0.2, 1.9) * (torch.rand(B, 1, 1, 1, generator=rng) > 0.06) - 1))
+    x = gray + (x - gray) * (
+        1 + on * (uniform(0.2, 1.9) * (torch.rand(B, 1, 1, 1, generator=rng) > 0.06) - 1)
+    )
     x = 0.5 + (x - 0.5) * (1 + on * (uniform(0.55, 1.5) - 1))
     x = x + on * uniform(-0.3, 0.3) * 0.8
     x = x * (1 + on * uniform(-0.2, 0.2, 3, 1, 1))
@@ -100,10 +114,21 @@ def augment(x, rng):
 # ----------------------------------------------------------------------------
 # Model
 
+
 def build(resolution, state=None):
     """OpenAI's CLIP at our sizes; with a state of another resolution, its attention pool's positions are resized."""
-    model = clip.model.CLIP(EMBED, resolution, (1, 1, 1, 1), WIDTH, None, 77, VOCABULARY, TEXT_WIDTH, TEXT_WIDTH // 64,
-                            TEXT_LAYERS)
+    model = clip.model.CLIP(
+        EMBED,
+        resolution,
+        (1, 1, 1, 1),
+        WIDTH,
+        None,
+        77,
+        VOCABULARY,
+        TEXT_WIDTH,
+        TEXT_WIDTH // 64,
+        TEXT_LAYERS,
+    )
     model.visual.to(memory_format=torch.channels_last)  # about a third faster on a CPU
     if state is None:
         torch.nn.init.normal_(model.token_embedding.weight, std=1.0)
@@ -114,7 +139,9 @@ def build(resolution, state=None):
     grid = round((len(state[key]) - 1) ** 0.5)
     if grid != resolution // 32:
         cells = state[key][1:].T.reshape(1, -1, grid, grid)
-        cells = F.interpolate(cells, size=(resolution // 32,) * 2, mode="bilinear", align_corners=False)
+        cells = F.interpolate(
+            cells, size=(resolution // 32,) * 2, mode="bilinear", align_corners=False
+        )
         state[key] = torch.cat([state[key][:1], cells.flatten(2)[0].T])
     model.load_state_dict(state)
     return model
@@ -130,7 +157,9 @@ def encode_text(model, tokens, noise=0.0, rng=None):
     x = model.token_embedding(tokens)
     if noise:
         meaningless = (tokens == clip.tokenize("x")[0, 1])[..., None]
-        x = torch.where(meaningless, 0.0, x) + torch.where(meaningless, 1.0, noise) * torch.randn(x.shape, generator=rng)
+        x = torch.where(meaningless, 0.0, x) + torch.where(meaningless, 1.0, noise) * torch.randn(
+            x.shape, generator=rng
+        )
     x = (x + model.positional_embedding[:length]).transpose(0, 1)
     mask = torch.full((length, length), float("-inf")).triu(1)
     for block in model.transformer.resblocks:
@@ -162,14 +191,18 @@ def contrastive(image_features, text_features, logit_scale, fit):
 
 def attack(x, epsilon, loss_of, steps=1, rng=None):
     """Pictures near x (L2 distance at most epsilon each) with a higher loss; projected gradient, random start."""
+
     def project(d):
-        return d * (epsilon / d.flatten(1).norm(dim=1).clamp_min(1e-9)).clamp_max(1)[:, None, None, None]
+        return (
+            d
+            * (epsilon / d.flatten(1).norm(dim=1).clamp_min(1e-9)).clamp_max(1)[:, None, None, None]
+        )
 
     d = torch.randn(x.shape, generator=rng)
     d = d / d.flatten(1).norm(dim=1)[:, None, None, None] * epsilon * 0.5
     for _ in range(steps):
         d.requires_grad_(True)
-        grad, = torch.autograd.grad(loss_of(x + d), d)
+        (grad,) = torch.autograd.grad(loss_of(x + d), d)
         unit = grad / grad.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
         d = project(d.detach() + unit * epsilon * (1.0 if steps == 1 else 2.5 / steps))
     return x + d
@@ -178,11 +211,14 @@ def attack(x, epsilon, loss_of, steps=1, rng=None):
 # ----------------------------------------------------------------------------
 # Measuring
 
+
 def report(model, seed=20_000, n=192):
     """Held-out figures: domain accuracy clean and attacked (L2 4, 10 steps), R@1 of 64 full captions in a domain."""
     model.eval().requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
-    labels = F.normalize(encode_text(model, clip.tokenize([f"a {d} of a person" for d in faces.DOMAINS])), dim=-1)
+    labels = F.normalize(
+        encode_text(model, clip.tokenize([f"a {d} of a person" for d in faces.DOMAINS])), dim=-1
+    )
     clean, attacked, recall = [], [], []
     for k, domain in enumerate(faces.DOMAINS):
         persons = faces.sample_persons(n, rng)
@@ -190,15 +226,24 @@ def report(model, seed=20_000, n=192):
         features = encode_image(model, x)
         clean.append((features @ labels.T).argmax(1) == k)
         y = torch.full((64,), k)
-        worse = attack(x[:64], 4.0, lambda v, y=y: F.cross_entropy(20 * encode_image(model, v) @ labels.T, y), 10, rng)
+        worse = attack(
+            x[:64],
+            4.0,
+            lambda v, y=y: F.cross_entropy(20 * encode_image(model, v) @ labels.T, y),
+            10,
+            rng,
+        )
         attacked.append((encode_image(model, worse) @ labels.T).argmax(1) == k)
         for i in range(0, n, 64):
-            texts = [captions.full_caption(c, domain) for c in persons.categories[i:i + 64]]
+            texts = [captions.full_caption(c, domain) for c in persons.categories[i : i + 64]]
             t = F.normalize(encode_text(model, clip.tokenize(texts)), dim=-1)
-            recall.append((features[i:i + 64] @ t.T).argmax(1) == torch.arange(64))
+            recall.append((features[i : i + 64] @ t.T).argmax(1) == torch.arange(64))
     model.requires_grad_(True).train()
-    return {"clean": torch.cat(clean).float().mean(), "attacked": torch.cat(attacked).float().mean(),
-            "R@1 of 64": torch.cat(recall).float().mean()}
+    return {
+        "clean": torch.cat(clean).float().mean(),
+        "attacked": torch.cat(attacked).float().mean(),
+        "R@1 of 64": torch.cat(recall).float().mean(),
+    }
 
 
 @functools.cache
@@ -211,9 +256,15 @@ def seen_tokens(seed=0, n=40_000):
     for c, (a, b) in zip(persons, domains, strict=True):
         styles = torch.tensor([a, b, a, b, a, a])
         texts.update(captions.write(c, styles, rng).text.split())
-    texts |= captions.known_words() | set(captions.LABELS) | {"in the style of", "photo.", "in a video game", "itap of my"}
+    texts |= (
+        captions.known_words()
+        | set(captions.LABELS)
+        | {"in the style of", "photo.", "in a video game", "itap of my"}
+    )
     words = sorted(texts | {w + "." for w in texts} | {w + "," for w in texts})
-    return torch.cat([clip.tokenize(words[i:i + 512]).flatten() for i in range(0, len(words), 512)]).unique()
+    return torch.cat(
+        [clip.tokenize(words[i : i + 512]).flatten() for i in range(0, len(words), 512)]
+    ).unique()
 
 
 def save(model, path):
@@ -226,7 +277,10 @@ def save(model, path):
     clip.model.convert_weights(model)
     aside, deflated = path.with_suffix(".tmp"), path.with_suffix(".zip.tmp")
     torch.save(model.state_dict(), aside)
-    with zipfile.ZipFile(aside) as stored, zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(aside) as stored,
+        zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in stored.namelist():
             packed.writestr(name, stored.read(name))
     aside.unlink()
@@ -234,6 +288,7 @@ def save(model, path):
 
 
 # ----------------------------------------------------------------------------
+
 
 def main(cfg):
     if cfg.threads:
@@ -254,7 +309,10 @@ def main(cfg):
     def optimiser():
         decay = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim <= 1]
-        return torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0}], lr=cfg.lr)
+        return torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0}],
+            lr=cfg.lr,
+        )
 
     adam = optimiser()
     if saved:
@@ -268,13 +326,19 @@ def main(cfg):
             adam = optimiser()
         small = step < cfg.small_steps
         t = step / cfg.small_steps if small else (step - cfg.small_steps) / cfg.large_steps
-        rate = (1.0 if small else 0.6) * min(1, t * 20 + 0.02) * (0.5 + 0.5 * torch.cos(torch.tensor(t * 3.1416)))
+        rate = (
+            (1.0 if small else 0.6)
+            * min(1, t * 20 + 0.02)
+            * (0.5 + 0.5 * torch.cos(torch.tensor(t * 3.1416)))
+        )
         for group in adam.param_groups:
             group["lr"] = cfg.lr * rate.item()
 
         index = pick(styles, cfg.batch, rng)
         written = [captions.write(categories[i], styles[i], words) for i in index]
-        fit = captions.fits(categories[index], styles[index], torch.tensor([c.says for c in written]))
+        fit = captions.fits(
+            categories[index], styles[index], torch.tensor([c.says for c in written])
+        )
         x = augment(images[index].float() / 127.5 - 1, rng)
         tokens = clip.tokenize([c.text for c in written])
         text_features = encode_text(model, tokens, cfg.token_noise, rng)
@@ -282,21 +346,34 @@ def main(cfg):
         epsilon = cfg.epsilon * min(1, max(0, 2.5 * t - 0.75)) if small else cfg.epsilon
         if epsilon and step % 2:  # every other step stays clean
             fixed, fixed_scale = text_features.detach(), scale.detach()
-            x = attack(x, epsilon, lambda v, f=fixed, s=fixed_scale, m=fit: contrastive(encode_image(model, v), f, s, m),
-                       rng=rng)
+            x = attack(
+                x,
+                epsilon,
+                lambda v, f=fixed, s=fixed_scale, m=fit: contrastive(
+                    encode_image(model, v), f, s, m
+                ),
+                rng=rng,
+            )
         loss = contrastive(encode_image(model, x), text_features, scale, fit)
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         if (step + 1) % 250 == 0 or step + 1 == total:
-            state = {"model": model.state_dict(), "adam": adam.state_dict(), "rng": rng.get_state(), "step": step + 1}
+            state = {
+                "model": model.state_dict(),
+                "adam": adam.state_dict(),
+                "rng": rng.get_state(),
+                "step": step + 1,
+            }
             torch.save(state, cfg.state.with_suffix(".tmp"))
             os.replace(cfg.state.with_suffix(".tmp"), cfg.state)
             save(model, cfg.out)
             figures = ", ".join(f"{k} {v:.3f}" for k, v in report(model, n=64).items())
-            print(f"{step + 1}: loss {loss.item():.3f}, scale {scale.item():.1f}, {figures}, {time.time() - start:.0f} s",
-                  flush=True)
+            print(
+                f"{step + 1}: loss {loss.item():.3f}, scale {scale.item():.1f}, {figures}, {time.time() - start:.0f} s",
+                flush=True,
+            )
     print(", ".join(f"{k} {v:.3f}" for k, v in report(model).items()))
 
 

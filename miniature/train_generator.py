@@ -19,17 +19,19 @@ from miniature import faces
 from stylegan2_ops import Generator, save_generator
 
 CHANNELS = {4: 128, 8: 128, 16: 96, 32: 64, 64: 32}
-CROSSOVER = 5  # style inputs below carry shape (4 to 16 pixels), the others colour (32 and 64 pixels)
+CROSSOVER = (
+    5  # style inputs below carry shape (4 to 16 pixels), the others colour (32 and 64 pixels)
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 6000  # steps of the synthesis regression
+    steps: int = 3500  # steps of the synthesis regression
     mapping_steps: int = 6000  # steps of the mapping regression
     batch: int = 16  # photos a step
-    mapping_batch: int = 4096  # latents a step
+    mapping_batch: int = 2048  # latents a step
     lr: float = 0.004  # peak rate of the synthesis network, cosine to 0
-    mapping_lr: float = 1.0  # peak rate of the mapping network (its layers run at 0.01 of it)
+    mapping_lr: float = 12.0  # peak rate of the mapping network (its layers run at 0.01 of it)
     seed: int = 0
     threads: int = 0  # CPU threads, 0 = torch's choice
     out: Path = Path(__file__).parent / "weights" / "photo.pt"
@@ -46,7 +48,7 @@ def training_batch(n, w_avg, rng):
     colors = [list(faces.CATEGORIES).index(k) for k in faces.COLOR_FACTORS]
     categories[:quarter, colors] = others.categories[:quarter, colors]
     psi = torch.ones(n, 1)
-    psi[quarter:2 * quarter] = 0.5 + 0.5 * torch.rand(quarter, 1, generator=rng)
+    psi[quarter : 2 * quarter] = 0.5 + 0.5 * torch.rand(quarter, 1, generator=rng)
     photos = faces.render(faces.Persons(categories, proportions * psi), faces.styles_of("photo", n))
 
     ws = (w_avg + psi * (w - w_avg))[:, None].repeat(1, 10, 1)
@@ -56,7 +58,11 @@ def training_batch(n, w_avg, rng):
 
 def photo_loss(x, y):
     """L1 of pixels plus L1 of horizontal and vertical differences."""
-    return (x - y).abs().mean() + (x.diff(dim=2) - y.diff(dim=2)).abs().mean() + (x.diff(dim=3) - y.diff(dim=3)).abs().mean()
+    return (
+        (x - y).abs().mean()
+        + (x.diff(dim=2) - y.diff(dim=2)).abs().mean()
+        + (x.diff(dim=3) - y.diff(dim=3)).abs().mean()
+    )
 
 
 def psnr(x, y):
@@ -66,7 +72,9 @@ def psnr(x, y):
 
 def optimiser(parameters, lr, steps):
     adam = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
-    return adam, torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
+    return adam, torch.optim.lr_scheduler.OneCycleLR(
+        adam, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
+    )
 
 
 @torch.no_grad()
@@ -75,9 +83,16 @@ def report(G, seed=10_000):
     z = torch.randn(256, G.z_dim, generator=torch.Generator().manual_seed(seed))
     persons = faces.persons_from_z(z)
     photos = faces.render(persons, faces.styles_of("photo", len(z)))
-    exact, mapped = psnr(G.synthesis(faces.persons_to_w(persons)), photos), psnr(G.synthesis(G.mapping(z)), photos)
-    return {"exact mean": exact.mean(), "exact median": exact.median(), "mapped mean": mapped.mean(),
-            "mapped median": mapped.median()}
+    exact, mapped = (
+        psnr(G.synthesis(faces.persons_to_w(persons)), photos),
+        psnr(G.synthesis(G.mapping(z)), photos),
+    )
+    return {
+        "exact mean": exact.mean(),
+        "exact median": exact.median(),
+        "mapped mean": mapped.mean(),
+        "mapped median": mapped.median(),
+    }
 
 
 def main(cfg):
@@ -85,12 +100,22 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
-    G = Generator(64, CHANNELS, faces.W_DIM)
+    G = Generator(64, CHANNELS, faces.W_DIM, n_mlp=4)
     G.w_avg.copy_(faces.persons_to_w(faces.sample_persons(100_000, rng)).mean(0))
-    synthesis = [p for k, p in G.named_parameters() if not k.startswith("style.") and not k.endswith("noise.weight")]
+    synthesis = [
+        p
+        for k, p in G.named_parameters()
+        if not k.startswith("style.") and not k.endswith("noise.weight")
+    ]
     adam, schedule = optimiser(synthesis, cfg.lr, cfg.steps)
     adam_map, schedule_map = optimiser(G.style.parameters(), cfg.mapping_lr, cfg.mapping_steps)
-    parts = {"G": G, "adam": adam, "schedule": schedule, "adam_map": adam_map, "schedule_map": schedule_map}
+    parts = {
+        "G": G,
+        "adam": adam,
+        "schedule": schedule,
+        "adam_map": adam_map,
+        "schedule_map": schedule_map,
+    }
     done = {"synthesis": 0, "mapping": 0}
     if cfg.state.exists():
         saved = torch.load(cfg.state, weights_only=True)
@@ -102,7 +127,10 @@ def main(cfg):
     def checkpoint():
         cfg.state.parent.mkdir(parents=True, exist_ok=True)
         aside = cfg.state.with_suffix(".tmp")
-        torch.save({**{k: v.state_dict() for k, v in parts.items()}, "done": done, "rng": rng.get_state()}, aside)
+        torch.save(
+            {**{k: v.state_dict() for k, v in parts.items()}, "done": done, "rng": rng.get_state()},
+            aside,
+        )
         os.replace(aside, cfg.state)
         save_generator(G, cfg.out)
 
@@ -110,7 +138,8 @@ def main(cfg):
     bar = trange(done["mapping"], cfg.mapping_steps, desc="mapping", disable=None)
     for step in bar:
         z = torch.randn(cfg.mapping_batch, G.z_dim, generator=rng)
-        loss = F.mse_loss(G.mapping(z), faces.persons_to_w(faces.persons_from_z(z)))
+        w = faces.persons_to_w(faces.persons_from_z(z))
+        loss = F.mse_loss(G.mapping(z), w)
         adam_map.zero_grad()
         loss.backward()
         adam_map.step()
@@ -118,7 +147,10 @@ def main(cfg):
         done["mapping"] = step + 1
         if (step + 1) % 500 == 0:
             checkpoint()
-            print(f"mapping {step + 1}: loss {loss.item():.5f}, {time.time() - start:.0f} s", flush=True)
+            print(
+                f"mapping {step + 1}: error {loss.item() * G.w_dim:.3f} of {w.var(0).sum():.1f}, {time.time() - start:.0f} s",
+                flush=True,
+            )
     for step in trange(done["synthesis"], cfg.steps, desc="synthesis", disable=None):
         ws, photos = training_batch(cfg.batch, G.w_avg, rng)
         loss = photo_loss(G.synthesis(ws), photos)
@@ -129,7 +161,10 @@ def main(cfg):
         done["synthesis"] = step + 1
         if (step + 1) % 250 == 0:
             checkpoint()
-            print(f"synthesis {step + 1}: loss {loss.item():.4f}, {time.time() - start:.0f} s", flush=True)
+            print(
+                f"synthesis {step + 1}: loss {loss.item():.4f}, {time.time() - start:.0f} s",
+                flush=True,
+            )
     checkpoint()
     print(", ".join(f"{k} {v:.1f} dB" for k, v in report(G).items()))
 

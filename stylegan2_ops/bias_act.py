@@ -5,45 +5,44 @@ import torch.nn.functional as F
 
 from .upfirdn2d import check_impl
 
-_ROOT2 = 2**0.5
-# name -> function of (x, alpha), default alpha, default gain (keeps the variance of N(0, 1))
-_ACTIVATIONS = {
-    "linear": (lambda x, alpha: x, 0, 1),
-    "relu": (lambda x, alpha: F.relu(x), 0, _ROOT2),
-    "lrelu": (F.leaky_relu, 0.2, _ROOT2),
-    "tanh": (lambda x, alpha: torch.tanh(x), 0, 1),
-    "sigmoid": (lambda x, alpha: torch.sigmoid(x), 0, 1),
-    "elu": (lambda x, alpha: F.elu(x), 0, 1),
-    "selu": (lambda x, alpha: F.selu(x), 0, 1),
-    "softplus": (lambda x, alpha: F.softplus(x), 0, 1),
-    "swish": (lambda x, alpha: F.silu(x), 0, _ROOT2),
+_ACTIVATIONS = {  # name: (function of x and alpha, default gain)
+    "linear": (lambda x, alpha: x, 1),
+    "relu": (lambda x, alpha: F.relu(x), 2**0.5),
+    "lrelu": (lambda x, alpha: F.leaky_relu(x, alpha), 2**0.5),
+    "tanh": (lambda x, alpha: torch.tanh(x), 1),
+    "sigmoid": (lambda x, alpha: torch.sigmoid(x), 1),
+    "elu": (lambda x, alpha: F.elu(x), 1),
+    "selu": (lambda x, alpha: F.selu(x), 1),
+    "softplus": (lambda x, alpha: F.softplus(x), 1),
+    "swish": (lambda x, alpha: F.silu(x), 2**0.5),
 }
 
 
 def bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, impl="auto"):
-    """clamp(gain * act(x + b), -clamp, clamp), the operations in that order from the inside.
+    """Add a bias, apply an activation, multiply by a gain and clamp, in this order.
 
-    x: any shape, any floating type. b: [x.shape[dim]] or None, of x's type.
+    x: any shape, any floating type. b: [x.shape[dim]], of x's type, or None for no bias.
     act: "linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus" or "swish".
-    alpha: the slope of lrelu for negative x, 0.2 unless given. gain: sqrt(2) for relu, lrelu and
-    swish, else 1, unless given. clamp: None for none. impl: "auto" or "ref" for this reference,
-    "cuda" for the kernel. Returns x's shape and type.
+    alpha: slope of lrelu below zero, 0.2 unless given. gain: sqrt(2) for relu, lrelu and swish and
+    1 for the others, unless given. clamp: the largest absolute value of the result, or None.
+    impl: "auto" or "ref" for this reference. Returns the shape and type of x.
 
-    Differentiable in x and b to any order. Raises ValueError for an unknown `act` or `impl`, or a
-    bias of the wrong shape, RuntimeError for impl="cuda". The semantics are those of the
-    published `torch_utils/ops/bias_act.py`.
+    Differentiable in x and b to any order. Raises ValueError if act or impl is unknown or b does
+    not fit, RuntimeError if impl is "cuda".
+    Semantics: the published `torch_utils/ops/bias_act.py`.
     """
     check_impl(impl)
     if act not in _ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(_ACTIVATIONS)}, not {act!r}")
-    function, default_alpha, default_gain = _ACTIVATIONS[act]
-    alpha = default_alpha if alpha is None else alpha
-    gain = default_gain if gain is None else gain
+    function, default_gain = _ACTIVATIONS[act]
     if b is not None:
-        if b.shape != x.shape[dim : dim + 1]:
+        if b.shape != (x.shape[dim],):
             raise ValueError(f"bias {tuple(b.shape)} does not fit axis {dim} of {tuple(x.shape)}")
-        x = x + b.reshape([-1 if axis == dim else 1 for axis in range(x.ndim)])
-    x = function(x, alpha)
+        shape = [1] * x.ndim
+        shape[dim] = -1
+        x = x + b.reshape(shape)
+    x = function(x, 0.2 if alpha is None else alpha)
+    gain = default_gain if gain is None else gain
     if gain != 1:
         x = x * gain
     if clamp is not None:

@@ -37,7 +37,7 @@ def load_generator(path, device="cpu"):
     if they are not those of a rosinality generator; it then names the tensor at fault.
     """
     if Path(path).suffix == ".safetensors":
-        state = _read(path, safetensors.torch.load_file)
+        state = _read(path, lambda path: safetensors.torch.load(Path(path).read_bytes()))
         w_avg = state.pop("latent_avg", None)
     else:
         checkpoint = _read(path, _torch_load)
@@ -94,7 +94,7 @@ def _read(path, reader):
     try:
         return reader(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or 'unreadable'}") from error
+        raise CheckpointError(f"{path}: {error.strerror}") from error
     except Exception as error:  # bytes that are no checkpoint can fail in any way
         kind = type(error).__name__
         raise CheckpointError(f"{path}: damaged, or more than plain tensors ({kind})") from error

@@ -1,6 +1,7 @@
-"""Layer choice, both training loops and the published trajectories (golden/README.md)."""
+"""Sections 6 to 8: layer choice, both training loops, and the published trajectories."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,35 @@ import ipl
 from stylegan2_ops import load_generator
 
 GOLDEN = Path(__file__).parent / "golden"
-PUBLISHED = ipl.Config(
-    source="photo", target="anime", noise="fixed", num_layers=4, batch_mapper=4, batch=2
-)
+PUBLISHED = ipl.Config(noise="fixed", num_layers=4, batch_mapper=4, batch=2)
+QUICK = replace(PUBLISHED, steps_mapper=3, steps=3, eps=0.1, layer_batch=2)
 
 
 def close(actual, expected, rtol=1e-4, scale=1e-5):
     expected = torch.as_tensor(expected, dtype=torch.float32)
-    atol = scale * float(expected.abs().max())
+    atol = scale * float(expected.detach().abs().max())
     torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=rtol, atol=atol)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def replay(*batches):
+    """A draw_z that hands out the given latents in their order."""
+    queue = list(batches)
+
+    def draw_z(n):
+        z = queue.pop(0)
+        assert len(z) == n
+        return z
+
+    return draw_z
+
+
+def published_layers(generator):
+    """The published map: index j >= 2 frees convs[j - 2], index 1 a ToRGB (deviation 2)."""
+    return [generator.conv1, generator.to_rgb1, *generator.convs]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +54,13 @@ def clip_pair():
 
 @pytest.fixture(scope="module")
 def source():
-    return load_generator(GOLDEN / "rosinality_tiny.pt").requires_grad_(False).eval()
+    return load_generator(GOLDEN / "rosinality_tiny.pt").eval()
 
 
 @pytest.fixture
 def target(source, golden):
     target = copy.deepcopy(source)
-    missing, unexpected = target.load_state_dict(golden["trainable_state_params"], strict=False)
+    _, unexpected = target.load_state_dict(golden["trainable_state_params"], strict=False)
     assert not unexpected
     return target
 
@@ -53,64 +74,58 @@ def mapper(golden):
     return mapper
 
 
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
+# ----------------------------------------------------------------------------------------------
+# Golden numbers
 
 
-def replay(*batches):
-    """A draw_z that hands out the given latents, in order, and checks their number."""
-    queue = list(batches)
-
-    def draw_z(n):
-        z = queue.pop(0)
-        assert len(z) == n
-        return z
-
-    return draw_z
-
-
-def published_layers(generator):
-    """The published map: index j >= 2 frees convs[j - 2], index 1 a ToRGB (METHOD, no. 2)."""
-    return [generator.conv1, generator.to_rgb1, *generator.convs]
-
-
-# --------------------------------------------------------------------------------------------
-# Layer choice
-
-
-def test_select_layers(golden, clip_pair, target):
+def test_layer_choice(golden, clip_pair, target):
     g = golden["layer_selection"]
-    encode_images = ipl.image_encoder(*clip_pair)
     text_feature = ipl.encode_texts(clip_pair[0], g["text"])[0]
-    chosen, weights = ipl.select_layers(target, encode_images, g["w"], text_feature, 4, lr=0.01)
-    close(weights, g["layer_weights_from_grad"])
+    encode_images = ipl.image_encoder(*clip_pair)
+    chosen, weights = ipl.select_layers(target, encode_images, g["w"], text_feature, k=4)
+    # the published loss is 1 - logits / 100, with logits of scale 100.03 in this CLIP
+    close(weights * float(clip_pair[0].logit_scale.exp()) / 100, g["layer_weights_from_grad"])
     assert set(chosen) == set(g["chosen_idx_topk_order"])
+    assert all(p.grad is None for p in target.parameters())
+
+
+def test_layer_choice_ignores_its_learning_rate(golden, clip_pair, target):
+    text_feature = ipl.encode_texts(clip_pair[0], "anime")[0]
+    w = golden["layer_selection"]["w"]
+    encode_images = ipl.image_encoder(*clip_pair)
+    one, ten = (
+        ipl.select_layers(target, encode_images, w, text_feature, k=4, lr=lr) for lr in (0.01, 0.1)
+    )
+    assert one[0] == ten[0]
+    close(10 * one[1], ten[1])
 
 
 def test_stage1_trajectory(golden, clip_pair, source, mapper):
     g = golden["stage1_trajectory"]
-    cfg = ipl.replace(PUBLISHED, steps_mapper=5)
+    cfg = replace(PUBLISHED, steps_mapper=5)
     before = copy.deepcopy(mapper)
-    mapper, history = ipl.train_mapper(
+    trained, history = ipl.train_mapper(
         cfg, source, *clip_pair, rng=rng(), mapper=mapper, draw_z=replay(*g["z"])
     )
-    for record, expected in zip(history, g["losses"], strict=True):
-        close(record["loss"], expected["total"])
-        close(record["contrastive"], expected["contrastive"])
-        close(record["domain_target"], expected["target_domain"])
-        close(record["domain_source"], expected["source_domain"])
+    assert trained is mapper
+    for row, expected in zip(history, g["losses"], strict=True):
+        close(row["loss"], expected["total"])
+        close(row["contrastive"], expected["contrastive"])
+        close(row["domain"], expected["target_domain"])
+        close(row["domain_source"], expected["source_domain"])
     for name, expected in g["final_mapper"].items():
         i, kind = int(name.split(".")[2]) - 1, name.split(".")[3]
-        start = {"weight": before.weights, "bias": before.biases}[kind][i]
-        end = {"weight": mapper.weights, "bias": mapper.biases}[kind][i]
-        close(end - start, expected - start.detach(), rtol=1e-2, scale=1e-3)
+        start, end = (
+            {"weight": m.weights, "bias": m.biases}[kind][i].detach() for m in (before, mapper)
+        )
+        close(end - start, expected - start, rtol=1e-2, scale=1e-3)
+        close(end.norm(), g["final_mapper_norm"][name])
 
 
 def test_stage2_trajectory(golden, clip_pair, source, target, mapper):
     g = golden["stage2_trajectory"]
-    cfg = ipl.replace(PUBLISHED, steps=4)
+    cfg = replace(PUBLISHED, steps=4)
     start = copy.deepcopy(target)
-    latents = [z for z, step in zip(g["z"], g["steps"], strict=True) for z in (z, step["layer_z"])]
     average, history = ipl.adapt_generator(
         cfg,
         source,
@@ -119,22 +134,245 @@ def test_stage2_trajectory(golden, clip_pair, source, target, mapper):
         rng=rng(),
         target=target,
         layers=published_layers(target),
-        draw_z=replay(*latents),
+        draw_z=replay(
+            *(z for i, step in enumerate(g["steps"]) for z in (g["z"][i], step["layer_z"]))
+        ),
     )
-    for record, expected in zip(history, g["steps"], strict=True):
-        close(record["loss"], expected["loss"])
-        assert set(record["layers"]) == set(expected["chosen_idx"])
-    states = [dict(m.named_parameters()) for m in (source, start, target, average)]
+    for row, expected in zip(history, g["steps"], strict=True):
+        close(row["loss"], expected["loss"])
+        assert set(row["layers"]) == set(expected["chosen_idx"])
+    frozen, first, last, ema = (
+        {name: p.detach() for name, p in m.named_parameters()}
+        for m in (source, start, target, average)
+    )
     for name, change in g["param_change_norm"].items():
-        frozen, first, last, ema = (state[name] for state in states)
-        close((last - first).norm(), change, rtol=1e-2)
-        close(last.norm(), g["final_param_norm"][name])
-        close(ema.norm(), g["final_ema_param_norm"][name])
+        close((last[name] - first[name]).norm(), change, rtol=1e-2)
+        close(last[name].norm(), g["final_param_norm"][name])
+        close(ema[name].norm(), g["final_ema_param_norm"][name])
     for name, expected in g["final_param"].items():
-        _, first, last, _ = (state[name] for state in states)
-        close(last - first, expected - first, rtol=1e-2, scale=1e-3)
+        close(last[name] - first[name], expected - first[name], rtol=1e-2, scale=1e-3)
     for name, expected in g["final_ema_param"].items():
-        frozen, _, _, ema = (state[name] for state in states)
-        close(ema - frozen, expected - frozen, rtol=1e-2, scale=1e-3)
+        close(ema[name] - frozen[name], expected - frozen[name], rtol=1e-2, scale=1e-3)
     image = target.synthesis(golden["stage2"]["w"])
     close(image, g["final_image_trainable_from_stage2_w"], rtol=1e-2, scale=1e-3)
+
+
+@pytest.mark.parametrize("method", ["ipl", "nada"])
+def test_gradients_of_the_first_step(golden, clip_pair, source, target, mapper, method):
+    """ZSSGAN.forward: the loss and the gradient norms of the layers that were chosen."""
+    g = golden["stage2"][f"forward_{method}"]
+    cfg = replace(PUBLISHED, steps=1)
+    directions = (
+        ipl.prompt_directions(cfg, clip_pair[0], mapper)
+        if method == "ipl"
+        else ipl.label_direction(cfg, clip_pair[0])
+    )
+    _, history = ipl.adapt_generator(
+        cfg,
+        source,
+        *clip_pair,
+        directions,
+        rng=rng(),
+        target=target,
+        layers=published_layers(target),
+        draw_z=replay(golden["stage2"]["z"], golden["layer_selection"]["z"]),
+    )
+    close(history[0]["loss"], g["loss"])
+    grads = {name: p.grad for name, p in target.named_parameters() if p.grad is not None}
+    assert set(grads) == set(g["trainable_params"])
+    for name, expected in g["grad_norm"].items():
+        close(grads[name].norm(), expected)
+    close(history[0]["grad_norm"], torch.tensor(list(g["grad_norm"].values())).norm())
+
+
+# ----------------------------------------------------------------------------------------------
+# Behaviour
+
+
+def run(cfg, source, clip_pair, seed=0):
+    """Both stages -> mapper, adapted generator, history."""
+    generator = rng(seed)
+    mapper, history = ipl.train_mapper(cfg, source, *clip_pair, rng=generator)
+    directions = ipl.prompt_directions(cfg, clip_pair[0], mapper)
+    adapted, rest = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=generator)
+    return mapper, adapted, history + rest
+
+
+def snapshot(module):
+    return {name: x.clone() for name, x in module.state_dict().items()}
+
+
+def test_the_frozen_stay_as_they_are(source, clip_pair):
+    clip_model = clip_pair[0]
+    before = snapshot(source), snapshot(clip_model)
+    _, adapted, _ = run(QUICK, source, clip_pair)
+    for module, state in zip((source, clip_model), before, strict=True):
+        for name, x in module.state_dict().items():
+            assert torch.equal(x, state[name]), name
+        assert all(p.grad is None for p in module.parameters())
+    changed = {
+        name for name, x in adapted.state_dict().items() if not torch.equal(x, before[0][name])
+    }
+    assert changed and all(name.startswith(("conv1.", "convs.")) for name in changed)
+    assert not any(p.requires_grad for p in adapted.parameters())
+
+
+@pytest.mark.parametrize("noise", ["fixed", "fresh"])
+def test_same_seed_same_history(source, clip_pair, noise):
+    cfg = replace(QUICK, noise=noise, crop=0.2)
+    torch.manual_seed(1)
+    first = run(cfg, source, clip_pair)
+    torch.manual_seed(2)
+    again = run(cfg, source, clip_pair)
+    other = run(cfg, source, clip_pair, seed=1)
+    assert first[2] == again[2] != other[2]
+    for name, x in again[1].state_dict().items():
+        assert torch.equal(x, first[1].state_dict()[name])
+
+
+def test_training_leaves_the_global_seed_alone(source, clip_pair):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    run(replace(QUICK, steps=1, steps_mapper=1, noise="fresh", crop=0.1), source, clip_pair)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_history(source, clip_pair):
+    _, _, history = run(QUICK, source, clip_pair)
+    assert [(row["stage"], row["step"]) for row in history] == [
+        (s, i) for s in (1, 2) for i in range(3)
+    ]
+    for row in history:
+        assert all(type(x) in (int, float, list) for x in row.values())
+    first = history[3]  # fixed noise: both images are equal at the first step
+    assert first["loss"] == 1 and first["delta_image"] == 0 and 0 < first["grad_norm"] < 1e3
+    assert history[4]["delta_image"] > 0
+    assert len(first["layers"]) == 4
+
+
+def test_published_loss_is_refused_where_it_is_0_over_0(source, clip_pair):
+    cfg = replace(QUICK, eps=0.0)
+    with pytest.raises(FloatingPointError, match="stage 2, step 0: the loss is nan"):
+        run(cfg, source, clip_pair)
+
+
+def test_published_loss_is_finite_with_fresh_noise(source, clip_pair):
+    _, _, history = run(replace(QUICK, eps=0.0, noise="fresh"), source, clip_pair)
+    assert history[3]["delta_image"] > 0
+
+
+def test_the_loss_falls_on_fixed_latents(source, clip_pair):
+    cfg = replace(QUICK, steps=12, layers="all")
+    z = torch.randn(2, source.z_dim, generator=rng())
+    directions = ipl.label_direction(cfg, clip_pair[0])
+    _, history = ipl.adapt_generator(
+        cfg, source, *clip_pair, directions, rng=rng(), draw_z=lambda n: z
+    )
+    assert history[-1]["loss"] < 0.8 < history[0]["loss"]
+    assert history[0]["layers"] == list(range(source.num_ws))
+
+
+def test_only_chosen_layers_change(source, clip_pair):
+    cfg = replace(QUICK, steps=1, num_layers=2)
+    target = copy.deepcopy(source)
+    directions = ipl.label_direction(cfg, clip_pair[0])
+    _, history = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=rng(), target=target)
+    assert len(history[0]["layers"]) == 2
+    chosen = {id(p) for j in history[0]["layers"] for p in target.layers()[j].parameters()}
+    for (name, p), q in zip(target.named_parameters(), source.parameters(), strict=True):
+        assert torch.equal(p, q) != (id(p) in chosen), name
+
+
+def test_default_number_of_layers_is_the_published_formula(source, clip_pair):
+    cfg = replace(QUICK, steps=1, num_layers=None)
+    directions = ipl.label_direction(cfg, clip_pair[0])
+    _, history = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=rng())
+    assert len(history[0]["layers"]) == int(2 * (2 * 5 - 2) / 3)  # R = 32
+
+
+def test_freeze(source, clip_pair):
+    cfg = replace(QUICK, layers="all", freeze="noise")
+    directions = ipl.label_direction(cfg, clip_pair[0])
+    adapted, _ = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=rng())
+    for (name, p), q in zip(adapted.named_parameters(), source.parameters(), strict=True):
+        trained = name.startswith("conv") and "noise" not in name
+        assert torch.equal(p, q) != trained, name
+
+
+def test_the_average_follows_by_the_decay(source, clip_pair):
+    cfg = replace(QUICK, steps=1, ema=0.75)
+    target = copy.deepcopy(source)
+    directions = ipl.label_direction(cfg, clip_pair[0])
+    average, _ = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=rng(), target=target)
+    for x, first, last in zip(
+        average.parameters(), source.parameters(), target.parameters(), strict=True
+    ):
+        torch.testing.assert_close(x, 0.75 * first + 0.25 * last)
+
+
+def test_directions_are_one_per_image_or_one_for_all(source, clip_pair, mapper, golden):
+    w = golden["stage1"]["w"]
+    own = ipl.prompt_directions(QUICK, clip_pair[0], mapper)(w)
+    shared = ipl.label_direction(QUICK, clip_pair[0])(w)
+    assert own.shape == (4, 32) and shared.shape == (32,)
+    assert (own[0] - own[1]).norm() > 1e-3
+    assert not own.requires_grad
+
+
+# ----------------------------------------------------------------------------------------------
+# Crops
+
+
+def test_crops_stay_inside_and_source_and_target_share_them():
+    windows = ipl.random_windows(64, 0.3, rng())
+    scale, shift = windows[:, 0, 0], windows[:, :, 2]
+    assert windows.shape == (64, 2, 3)
+    assert ((0.7 <= scale) & (scale <= 1)).all() and scale.std() > 0.05
+    assert (shift.abs() <= 1 - scale[:, None] + 1e-6).all() and shift.std() > 0.05
+    x = torch.randn(64, 3, 8, 8, generator=rng(1))
+    assert torch.equal(ipl.crop_images(x, windows), ipl.crop_images(x.clone(), windows))
+
+
+def test_whole_window_is_the_image_itself():
+    x = torch.randn(2, 3, 8, 8, generator=rng())
+    whole = torch.eye(2, 3).expand(2, -1, -1)
+    torch.testing.assert_close(ipl.crop_images(x, whole), x, rtol=1e-4, atol=1e-5)
+    assert ipl.crop_images(x, None) is x
+
+
+def test_a_window_shows_its_part():
+    ramp = torch.linspace(-1, 1, 33).expand(1, 3, 33, 33)  # x rises from left to right
+    right_half = torch.tensor([[[0.5, 0.0, 0.5], [0.0, 0.5, 0.0]]])
+    seen = ipl.crop_images(ramp, right_half)
+    assert seen[..., 0].min() > -0.05 and seen[..., -1].min() > 0.95
+
+
+# ----------------------------------------------------------------------------------------------
+# Samples
+
+
+def test_samples_do_not_depend_on_their_number():
+    few, many = (ipl.sample_latents(n, 5, seed=3) for n in (2, 9))
+    assert torch.equal(few, many[:2])
+    assert not torch.equal(few, ipl.sample_latents(2, 5, seed=4))
+
+
+def test_sample_grid(source, target):
+    grid = ipl.sample_grid(source, target, n=5, seed=1, truncation_psi=0.7, columns=3)
+    R, zoom = 32, 4
+    assert grid.dtype == torch.uint8 and grid.shape == (4 * R * zoom, 3 * R * zoom, 3)
+    cells = grid[::zoom, ::zoom].unfold(0, R, R).unfold(1, R, R)  # [4, 3, 3, R, R]
+    assert (cells[2:, 2] == 255).all()  # the sixth place is empty
+    z = ipl.sample_latents(5, source.z_dim, seed=1)
+    w = ipl.truncate(source.mapping(z), source.w_avg, 0.7)
+    for row, generator in ((0, source), (1, target)):
+        x = ((generator.synthesis(w) + 1) * 127.5).round().clamp(0, 255)
+        assert (cells[row].float() - x[:3]).abs().max() <= 1
+        assert (cells[row + 2, :2].float() - x[3:]).abs().max() <= 1
+
+
+def test_truncation(source):
+    w = source.mapping(ipl.sample_latents(3, source.z_dim, seed=0))
+    torch.testing.assert_close(ipl.truncate(w, source.w_avg, 1.0), w)
+    torch.testing.assert_close(ipl.truncate(w, source.w_avg, 0.0), source.w_avg.expand(3, -1))

@@ -1,0 +1,72 @@
+"""The judge: a classifier of domain, cues and attributes that shares nothing with the miniature's CLIP."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from miniature.faces import CATEGORIES, CUES, DOMAINS, PROPORTIONS
+
+
+class Judge(nn.Module):
+    """Residual convolutions with group normalisation; images [B, 3, 64, 64] in [-1, 1] -> a dict of heads.
+
+    ``domain`` [B, 9] logits whose softmax is the share of the six cues each domain has; one head [B, 9] per cue;
+    one head per attribute (logits); ``proportions`` [B, 10]; ``features`` [B, 256], what distances are measured in.
+    """
+
+    def __init__(self, width=32):
+        super().__init__()
+        sizes = [width, 2 * width, 4 * width, 6 * width]
+        self.stem = nn.Conv2d(3, width, 5, stride=2, padding=2)
+        self.down = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
+        self.keep = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for b in sizes[1:])
+        self.norm = nn.ModuleList(nn.GroupNorm(8, b) for b in sizes[1:])
+        self.embed = nn.Linear(sizes[-1] * 16, 256)
+        heads = {
+            "domain": len(DOMAINS),
+            **{f"cue {c}": len(DOMAINS) for c in CUES},
+            **{k: len(names) for k, (names, _) in CATEGORIES.items()},
+            "proportions": len(PROPORTIONS),
+        }
+        self.head_sizes = heads
+        self.heads = nn.Linear(256, sum(heads.values()))
+
+    def forward(self, x):
+        x = F.leaky_relu(self.stem(x), 0.1)
+        for down, keep, norm in zip(self.down, self.keep, self.norm, strict=True):
+            x = F.leaky_relu(down(x), 0.1)
+            x = x + F.leaky_relu(norm(keep(x)), 0.1)
+        features = F.leaky_relu(self.embed(x.flatten(1)), 0.1)
+        out = dict(
+            zip(
+                self.head_sizes,
+                self.heads(features).split(list(self.head_sizes.values()), dim=1),
+                strict=True,
+            )
+        )
+        return {**out, "features": features}
+
+    @torch.no_grad()
+    def domain_of(self, images):
+        """[B] index into DOMAINS of the domain with the largest share."""
+        return self(images)["domain"].argmax(1)
+
+    @torch.no_grad()
+    def identity(self, images):
+        """[B, d] unit vectors of who is in the picture: the attributes' probabilities and the proportions."""
+        out = self(images)
+        parts = [out[k].softmax(1) for k in CATEGORIES] + [0.5 * out["proportions"]]
+        return F.normalize(torch.cat(parts, dim=1), dim=1)
+
+
+def load_judge(path=Path(__file__).parent / "weights" / "judge.pt", device="cpu"):
+    """The committed judge, frozen."""
+    judge = Judge()
+    judge.load_state_dict(
+        {k: v.float() for k, v in torch.load(path, weights_only=True, map_location="cpu").items()}
+    )
+    return judge.to(device).eval().requires_grad_(False)

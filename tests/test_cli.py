@@ -1,0 +1,291 @@
+"""Sections 9 and 10: the command line, with the golden files as small weights."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ipl
+from stylegan2_ops import load_generator
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+WORLD = ["--generator", str(GOLDEN / "rosinality_tiny.pt"), "--clip", str(GOLDEN / "clip_tiny.pt")]
+SHORT = "--steps-mapper 2 --batch-mapper 4 --steps 2 --layer-batch 2 --samples 3".split()
+
+
+def picture(path):
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def call(folder, *args):
+    """The script in a process of its own, started from another folder."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "ipl.py"), *args],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, its finished run, what the process said)."""
+    folder = tmp_path_factory.mktemp("cli")
+    done = call(folder, "--source", "photo", "--target", "anime", *WORLD, *SHORT)
+    assert done.returncode == 0, done.stderr
+    return folder, folder / "runs" / "photo-to-anime", done
+
+
+def test_run_folder(finished):
+    _, run, _ = finished
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.json",
+        "curves.png",
+        "generator.pt",
+        "history.jsonl",
+        "mapper.safetensors",
+        "samples.png",
+    ]
+    cfg = ipl.Config(**json.loads((run / "config.json").read_text()))
+    assert (cfg.target, cfg.steps, cfg.residual, cfg.eps) == ("anime", 2, "published", 0.0)
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in history] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert picture(run / "samples.png").size == (3 * 128, 2 * 128)
+    assert picture(run / "curves.png").width > 1000
+
+
+def test_run_says_where_the_picture_is_and_how_to_go_on(finished):
+    _, _, done = finished
+    assert done.stdout.startswith(f"{Path('runs/photo-to-anime/samples.png')}: photo above, anime")
+    for words in ("stage 1", "stage 2", "ipl.py sample --run", "--method nada", "--clip ViT-B/32"):
+        assert words in done.stdout
+    assert done.stderr == ""  # no bar where there is no terminal, and no warning
+
+
+def test_saved_networks_open(finished):
+    from safetensors.torch import load_file
+
+    _, run, _ = finished
+    source, adapted = (load_generator(p) for p in (WORLD[1], run / "generator.pt"))
+    assert any(
+        not torch.equal(p, q)
+        for p, q in zip(source.parameters(), adapted.parameters(), strict=True)
+    )
+    torch.testing.assert_close(source.w_avg, adapted.w_avg)
+    mapper = ipl.LatentMapper(32, 4, 64)
+    mapper.load_state_dict(load_file(run / "mapper.safetensors"))
+
+
+def test_sample_as_a_process(finished):
+    folder, run, _ = finished
+    done = call(folder, *f"sample --run {run} --n 10 --seed 1 --out grid.png".split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert picture(folder / "grid.png").size == (8 * 128, 4 * 128)  # 8 pairs, then 2
+
+
+def test_samples_of_a_seed(finished, tmp_path):
+    _, run, _ = finished
+
+    def draw(name, *args):
+        ipl.main(["sample", "--run", str(run), "--out", str(tmp_path / f"{name}.png"), *args])
+        return picture(tmp_path / f"{name}.png")
+
+    two, five = draw("two", "--n", "2"), draw("five", "--n", "5")
+    assert five.crop((0, 0, *two.size)).tobytes() == two.tobytes()
+    again = draw("again", "--n", "2", "--seed", "1")
+    other = draw("other", "--n", "2", "--seed", "2")
+    wild = draw("wild", "--n", "2", "--truncation-psi", "1.5")
+    assert again.tobytes() == two.tobytes() != other.tobytes()
+    assert wild.tobytes() != two.tobytes()
+
+
+def test_nada_has_no_mapper_and_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ipl.main([*WORLD, *SHORT, "--target", "Disney", "--method", "nada"])
+    run = tmp_path / "runs" / "photo-to-disney-nada"
+    assert (run / "generator.pt").exists() and not (run / "mapper.safetensors").exists()
+    assert "samples.png" in capsys.readouterr().out
+
+
+def test_overwrite_replaces_the_whole_run(finished, tmp_path, capsys):
+    _, run, _ = finished
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    (out / "notes.txt").write_text("mine")
+    ipl.main([*WORLD, *SHORT, "--method", "nada", "--out", str(out), "--overwrite"])
+    assert not (out / "mapper.safetensors").exists()
+    assert json.loads((out / "config.json").read_text())["method"] == "nada"
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+# ----------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2, no file
+
+
+def refused(capsys, *args):
+    with pytest.raises(SystemExit) as exit_:
+        ipl.main(list(args))
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("ipl.py: error: ") and said.err.count("\n") == 1
+    return said.err
+
+
+BAD = {
+    "no generator": (["--generator", "nowhere.pt"], "no generator at nowhere.pt"),
+    "no clip": (["--clip", "ViT-B/33"], "'ViT-B/33' is neither a file nor one of RN50"),
+    "foreign generator": (["--generator", __file__], "test_cli.py"),
+    "foreign clip": (["--clip", __file__], "cannot be loaded"),
+    "device": (["--device", "warp"], "no device 'warp'; wanted: auto, cpu"),
+    "empty label": (["--target", " "], "is empty; wanted: a domain in words"),
+    "same labels": (["--target", "photo"], "both 'photo'; wanted: two domains"),
+    "long label": (["--target", "anime " * 75], "this CLIP reads 77"),
+    "long template": (["--target", "anime " * 70], "too long for context length 77"),
+    "long context": (["--n-ctx", "75"], "this CLIP reads 77"),
+    "0 over 0": (["--noise", "fixed"], "divides 0 by 0"),
+    "n-ctx": (["--n-ctx", "0"], "--n-ctx must be at least 1, not 0"),
+    "batch": (["--batch", "0"], "--batch must be at least 1, not 0"),
+    "batch-mapper": (["--batch-mapper", "-3"], "--batch-mapper must be at least 1, not -3"),
+    "steps": (["--steps", "0"], "--steps must be at least 1"),
+    "steps-mapper": (["--steps-mapper", "0"], "--steps-mapper must be at least 1"),
+    "num-layers": (["--num-layers", "0"], "--num-layers must be at least 1"),
+    "layer-batch": (["--layer-batch", "0"], "--layer-batch must be at least 1"),
+    "samples": (["--samples", "0"], "--samples must be at least 1"),
+    "lr": (["--lr", "0"], "--lr must be above 0"),
+    "lr-mapper": (["--lr-mapper", "nan"], "--lr-mapper must be above 0, not nan"),
+    "layer-lr": (["--layer-lr", "-1"], "--layer-lr must be above 0"),
+    "lambda": (["--lambda-domain", "-1"], "--lambda-domain must be 0 or more"),
+    "eps": (["--eps", "-0.1"], "--eps must be 0 or more"),
+    "seed": (["--seed", "-1"], "--seed must be 0 or more"),
+    "ema": (["--ema", "1"], "--ema must be 0 or more, and below 1"),
+    "crop": (["--crop", "1.5"], "--crop must be 0 or more, and below 1"),
+    "psi": (["--truncation-psi", "inf"], "--truncation-psi must be finite"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(tmp_path, monkeypatch, capsys, name):
+    args, words = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    if "generator" not in name:
+        args = [*WORLD[:2], *args]
+    if "clip" not in name:
+        args = [*WORLD[2:], *args]
+    assert words in refused(capsys, *SHORT, *args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_as_a_process(tmp_path):
+    done = call(tmp_path, "--target", "zzyzx")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("ipl.py: error: ") and done.stderr.count("\n") == 1
+    assert "zzyzx" in done.stderr and "anime" in done.stderr
+    assert "--generator FILE --clip ViT-B/32" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_finished_run_is_refused(finished, capsys):
+    _, run, _ = finished
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    words = refused(capsys, *WORLD, *SHORT, "--out", str(run))
+    assert "is a finished run; wanted: another --out, or --overwrite" in words
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_unwritable_out(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    words = refused(capsys, *WORLD, *SHORT, "--out", str(tmp_path / "file" / "run"))
+    assert "cannot write into" in words
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_parse_errors_exit_with_2(capsys):
+    for args in (["--stepps", "3"], ["--steps", "many"], ["--method", "gan"]):
+        with pytest.raises(SystemExit) as exit_:
+            ipl.main(args)
+        assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("--run nowhere", "nowhere is no finished run"),
+        ("--run {run} --n 0", "wanted: --n 1 or more"),
+        ("--run {run} --out grid.jpeg", "--out a .png file"),
+        ("--run {run} --seed -1", "--seed must be 0 or more"),
+        ("--run {run} --out {run}/config.json/grid.png", "cannot write into"),
+    ],
+)
+def test_bad_sample(finished, capsys, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, "sample", *args.format(run=finished[1]).split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_of_a_broken_config(finished, capsys, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[1], run)
+    for text in ("{", "[]", '{"colour": 1}'):
+        (run / "config.json").write_text(text)
+        refused(capsys, "sample", "--run", str(run))
+
+
+# ----------------------------------------------------------------------------------------------
+# Defaults
+
+
+def test_without_a_generator_the_miniature_values_are_the_defaults(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ipl, "adapt", seen.append)
+    ipl.main([])
+    ipl.main(["--steps", "7"])
+    ipl.main(["--generator", "x.pt"])
+    ipl.main(["--generator", "x.pt", "--eps", "0.2"])
+    assert seen[0] == ipl.MINIATURE
+    assert seen[1] == ipl.replace(ipl.MINIATURE, steps=7)
+    assert seen[2] == ipl.Config(generator="x.pt")
+    assert seen[3] == ipl.Config(generator="x.pt", eps=0.2)
+
+
+def test_published_defaults():
+    cfg = ipl.Config()
+    assert (cfg.n_ctx, cfg.ctx_init, cfg.residual) == (4, "a photo of a", "published")
+    assert (cfg.lambda_domain, cfg.lambda_source) == (1, 0)
+    assert (cfg.lr_mapper, cfg.batch_mapper, cfg.steps_mapper) == (0.05, 32, 300)
+    assert (cfg.lr, cfg.batch, cfg.steps, cfg.ema) == (0.002, 2, 300, 0.99)
+    assert (cfg.layer_batch, cfg.layer_lr, cfg.num_layers) == (8, 0.01, None)
+    assert (cfg.eps, cfg.noise, cfg.crop, cfg.layers, cfg.freeze) == (0, "fresh", 0, "adaptive", "")
+    assert cfg.truncation_psi == 0.7
+
+
+def test_help_names_every_field(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        ipl.main(["--help"])
+    assert exit_.value.code == 0
+    said = capsys.readouterr().out
+    for name in ipl.asdict(ipl.Config()):
+        assert f"--{name.replace('_', '-')}" in said
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def broken(aside):
+        aside.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        ipl.write_whole(path, broken)
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"] and path.read_text() == "old"
+    ipl.write_whole(path, lambda aside: aside.write_text("new"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"] and path.read_text() == "new"

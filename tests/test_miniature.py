@@ -1,0 +1,167 @@
+"""The embedded world: persons, styles, captions, and the three committed networks."""
+
+import random
+
+import pytest
+import torch
+
+import ipl
+import miniature
+from miniature import captions, faces
+from miniature.evaluate import figures
+from miniature.judge import load_judge
+from stylegan2_ops import load_generator
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge()
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return load_generator(miniature.GENERATOR)
+
+
+# ----------------------------------------------------------------------------
+# Drawing
+
+
+@pytest.mark.parametrize("domain", faces.DOMAINS)
+def test_pictures_are_finite_in_range_and_the_same_twice(domain):
+    persons = faces.sample_persons(4, rng())
+    images = faces.render(persons, faces.styles_of(domain, 4))
+    assert images.shape == (4, 3, 64, 64)
+    assert images.isfinite().all() and images.min() >= -1 and images.max() <= 1
+    assert torch.equal(images, faces.render(persons, faces.styles_of(domain, 4)))
+
+
+def test_a_photo_does_not_depend_on_its_batch():
+    persons = faces.sample_persons(6, rng())
+    together = faces.render(persons, faces.styles_of("photo", 6))
+    alone = faces.render(persons[2:3], faces.styles_of("photo", 1))
+    assert torch.allclose(together[2:3], alone, atol=1e-6)
+
+
+def test_every_cue_changes_the_picture():
+    persons = faces.sample_persons(8, rng())
+    photo = faces.styles_of("photo", 8)
+    before = faces.render(persons, photo)
+    for i in range(len(faces.CUES)):
+        styles = photo.clone()
+        styles[:, i] = faces.DOMAINS.index("anime")
+        assert (faces.render(persons, styles) - before).abs().mean() > 1e-3, faces.CUES[i]
+
+
+@pytest.mark.parametrize("factor", faces.CATEGORIES)
+def test_every_category_changes_the_photo(factor):
+    persons = faces.sample_persons(64, rng())
+    i = list(faces.CATEGORIES).index(factor)
+    categories = persons.categories.clone()
+    categories[:, i] = (categories[:, i] + 1) % len(faces.CATEGORIES[factor][0])
+    photo = faces.styles_of("photo", 64)
+    other = faces.render(faces.Persons(categories, persons.proportions), photo)
+    assert (other - faces.render(persons, photo)).abs().mean() > 1e-3
+
+
+def test_persons_have_the_frequencies_of_the_table():
+    persons = faces.sample_persons(20_000, rng())
+    for name, (_, probabilities) in faces.CATEGORIES.items():
+        counts = persons.category(name).bincount(minlength=len(probabilities)) / len(persons)
+        assert torch.allclose(counts, torch.tensor(probabilities), atol=0.015), name
+    assert persons.proportions.abs().max() <= 1
+
+
+def test_the_code_tells_persons_apart():
+    persons = faces.sample_persons(500, rng())
+    w = faces.persons_to_w(persons)
+    assert w.shape == (500, faces.W_DIM)
+    assert len(w.unique(dim=0)) == 500
+
+
+# ----------------------------------------------------------------------------
+# Captions
+
+
+def test_a_caption_fits_its_own_picture_and_says_the_domain():
+    persons, words = faces.sample_persons(32, rng()), random.Random(0)
+    styles = torch.randint(len(faces.DOMAINS), (32, 1), generator=rng()).repeat(1, 6)
+    styles[::2, :2] = 1  # mixtures
+    written = [captions.write(c, s, words) for c, s in zip(persons.categories, styles, strict=True)]
+    says = torch.tensor([caption.says for caption in written])
+    assert captions.fits(persons.categories, styles, says).diagonal().all()
+    for caption, s in zip(written, styles, strict=True):
+        for domain in {faces.DOMAINS[int(i)] for i in s}:
+            assert domain in caption.text
+
+
+def test_a_caption_does_not_fit_another_domain():
+    persons = faces.sample_persons(2, rng())
+    same_person = persons.categories[:1].repeat(2, 1)
+    styles = torch.stack([faces.styles_of("photo", 1)[0], faces.styles_of("anime", 1)[0]])
+    written = [captions.write(same_person[i], styles[i], random.Random(1)) for i in range(2)]
+    says = torch.tensor([caption.says for caption in written])
+    assert captions.fits(same_person, styles, says).equal(torch.eye(2, dtype=torch.bool))
+
+
+def test_unknown_words_are_named_and_labels_are_known():
+    assert captions.unknown_words("a purple cyberpunk photo") == ["cyberpunk"]
+    for label in miniature.LABELS:
+        assert captions.unknown_words(label) == []
+
+
+# ----------------------------------------------------------------------------
+# The committed networks
+
+
+def test_the_generator_draws_the_person_of_its_latent(generator):
+    z = torch.randn(128, generator.z_dim, generator=rng(1))
+    persons = faces.persons_from_z(z)
+    truth = faces.render(persons, faces.styles_of("photo", 128))
+
+    def psnr(images):
+        error = (images.clamp(-1, 1) - truth).square().mean((1, 2, 3))
+        return (10 * torch.log10(4 / error)).median()
+
+    with torch.no_grad():
+        assert psnr(generator.synthesis(faces.persons_to_w(persons))) > 30
+        assert psnr(generator.synthesis(generator.mapping(z))) > 25
+    assert sum(p.numel() for p in generator.parameters()) < 2_000_000
+
+
+def test_clip_tells_the_domains_apart():
+    clip_model, transform = ipl.load_clip(miniature.CLIP)
+    texts = [f"a {domain} of a person" for domain in faces.DOMAINS]
+    labels = torch.nn.functional.normalize(ipl.encode_texts(clip_model, texts), dim=-1)
+    for i, domain in enumerate(faces.DOMAINS):
+        images = faces.render(faces.sample_persons(32, rng(2)), faces.styles_of(domain, 32))
+        with torch.no_grad():
+            found = (clip_model.encode_image(transform(images)) @ labels.T).argmax(1)
+        assert (found == i).float().mean() > 0.9, domain
+
+
+@pytest.mark.parametrize("domain", faces.DOMAINS)
+def test_the_judge_reads_true_pictures(judge, domain):
+    persons = faces.sample_persons(64, rng(3))
+    photos = faces.render(persons, faces.styles_of("photo", 64))
+    images = faces.render(persons, faces.styles_of(domain, 64))
+    row = figures(judge, images, persons, judge.identity(photos), (domain,))
+    assert row[domain] > 0.95
+    assert row["attributes"] > 0.75
+
+
+def test_the_judge_is_not_fooled_by_blur_noise_and_tint(judge):
+    photos = faces.render(faces.sample_persons(64, rng(4)), faces.styles_of("photo", 64))
+    padded = torch.nn.functional.pad(photos, (1, 1, 1, 1), mode="replicate")
+    disturbed = {
+        "blur": torch.nn.functional.avg_pool2d(padded, 3, 1),
+        "noise": (photos + 0.05 * torch.randn(photos.shape, generator=rng(5))).clamp(-1, 1),
+        "bright": (photos + 0.12).clamp(-1, 1),
+        "tint": (photos + torch.tensor([0.06, 0.0, -0.06])[:, None, None]).clamp(-1, 1),
+    }
+    for name, images in disturbed.items():
+        assert (judge.domain_of(images) == 0).float().mean() > 0.9, name

@@ -1,0 +1,130 @@
+"""Section 4: prompt construction and encoding."""
+
+from pathlib import Path
+
+import clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ipl
+
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = torch.load(FOLDER / "ipl_losses.pt", weights_only=True)
+
+
+def close(actual, expected):
+    atol = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def clip_model():
+    return ipl.load_clip(FOLDER / "clip_tiny.pt")[0]
+
+
+def test_construct_prompts(clip_model):
+    g = GOLDEN["prompt"]
+    ctx = GOLDEN["stage1"]["prompts"]
+    for name in ("source", "target"):
+        prompts = ipl.construct_prompts(clip_model, ctx, GOLDEN["config"][f"{name}_class"])
+        B, L, _ = prompts.shape
+        published = torch.cat(
+            [g[f"{name}_prefix"].expand(B, -1, -1), ctx, g[f"{name}_suffix"].expand(B, -1, -1)], 1
+        )
+        assert L == 1 + 4 + 1 + 1  # one token for the label
+        assert torch.equal(prompts, published[:, :L])
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_golden_prompt_features(clip_model, stage):
+    g = GOLDEN[stage]
+    ctx = GOLDEN["stage1"]["prompts"] if stage == "stage1" else golden_mapper()(g["w"])
+    close(ipl.encode_prompts(clip_model, ctx, "photo"), g["source_text_features"][:, 0])
+    close(ipl.encode_prompts(clip_model, ctx, "anime"), g["target_text_features"][:, 0])
+
+
+def golden_mapper():
+    mapper = ipl.LatentMapper(32, 4, 64)
+    for i in range(4):
+        mapper.weights[i].data.copy_(GOLDEN["mapper_state"][f"mapping.mapping.{i + 1}.weight"])
+        mapper.biases[i].data.copy_(GOLDEN["mapper_state"][f"mapping.mapping.{i + 1}.bias"])
+    return mapper
+
+
+@pytest.mark.parametrize("label", ["photo", "anime painting", "sketch of the human face"])
+def test_a_prompt_of_words_equals_encode_text(clip_model, label):
+    """With CLIP's own embeddings of "a photo of a" as ctx, the prompt is a plain text."""
+    ctx = clip_model.token_embedding(clip.tokenize("a photo of a")[:, 1:5])
+    text = clip_model.encode_text(clip.tokenize(f"a photo of a {label}"))
+    close(ipl.encode_prompts(clip_model, ctx, label), text)
+
+
+def test_padding_changes_nothing(clip_model):
+    ctx = GOLDEN["stage1"]["prompts"]
+    prompts = ipl.construct_prompts(clip_model, ctx, "anime")
+    B, L, _ = prompts.shape
+    eot = torch.full((B,), L - 1)
+    junk = torch.randn(B, 9, 64, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([prompts, junk], dim=1)
+    close(
+        ipl.encode_embeddings(clip_model, padded, eot),
+        ipl.encode_embeddings(clip_model, prompts, eot),
+    )
+
+
+def test_batch_equals_one_by_one(clip_model):
+    ctx = GOLDEN["stage1"]["prompts"]
+    together = ipl.encode_prompts(clip_model, ctx, "anime")
+    order = torch.tensor([3, 1, 0, 2])
+    close(ipl.encode_prompts(clip_model, ctx[order], "anime"), together[order])
+    for i in range(len(ctx)):
+        close(ipl.encode_prompts(clip_model, ctx[i : i + 1], "anime")[0], together[i])
+
+
+def test_the_prompt_has_a_gradient_and_clip_has_none(clip_model):
+    ctx = GOLDEN["stage1"]["prompts"].clone().requires_grad_()
+    ipl.encode_prompts(clip_model, ctx, "anime").sum().backward()
+    assert ctx.grad.abs().sum() > 0
+    assert all(p.grad is None for p in clip_model.parameters())
+
+
+def test_label_changes_the_feature(clip_model):
+    ctx = GOLDEN["stage1"]["prompts"]
+    features = [ipl.encode_prompts(clip_model, ctx, label) for label in ("photo", "anime")]
+    assert (features[0] - features[1]).norm() > 1e-2
+
+
+def test_too_long_a_prompt_is_refused(clip_model):
+    label = "anime " * 60
+    with pytest.raises(ValueError, match="tokens; this CLIP reads 77"):
+        ipl.encode_prompts(clip_model, torch.zeros(1, 40, 64), label)
+    with pytest.raises(ValueError, match="too long"):
+        ipl.encode_prompts(clip_model, torch.zeros(1, 4, 64), label * 2)
+
+
+def test_label_features(clip_model):
+    g = GOLDEN["stage1"]
+    for name in ("source", "target"):
+        label = GOLDEN["config"][f"{name}_class"]
+        close(ipl.label_features(clip_model, label), g[f"template_{name}_mean"][0])
+        texts = [t.format(label) for t in ipl.TEMPLATES]
+        features = F.normalize(ipl.encode_texts(clip_model, texts), dim=-1)
+        close(features, g[f"template_features_{name}_normed"])
+
+
+def test_residual_features(clip_model):
+    stage1 = [GOLDEN["stage1"][f"init_{name}_features"][0] for name in ("source", "target")]
+    stage2 = GOLDEN["stage2"]["residual_as_run"]["features"][0]
+    published, label, none = (
+        ipl.Config(residual=residual) for residual in ("published", "label", "none")
+    )
+    close(ipl.residual_features(published, clip_model, stage=1), torch.stack(stage1))
+    close(ipl.residual_features(published, clip_model, stage=2), torch.stack([stage2, stage2]))
+    for stage in (1, 2):
+        close(ipl.residual_features(label, clip_model, stage), torch.stack(stage1))
+        assert not ipl.residual_features(none, clip_model, stage).any()
+
+
+def test_label_with_braces_is_taken_literally(clip_model):
+    assert ipl.label_features(clip_model, "a {weird} label").isfinite().all()
