@@ -450,7 +450,8 @@ def log_step(bar, history, stage, step, loss, parameters, **more):
         if not row["loss"].isfinite():
             raise FloatingPointError(f"stage {stage}, step {step}: the loss is {row['loss']:f}")
         if not getattr(bar, "disable", True):
-            bar.set_postfix({k: f"{x:.3f}" for k, x in row.items() if torch.is_tensor(x)})
+            shown = ("loss", "contrastive", "domain", "delta_image")
+            bar.set_postfix({k: f"{row[k]:.3f}" for k in shown if k in row})
 
 
 def to_floats(history):

@@ -159,7 +159,8 @@ class Generator(nn.Module):
             self.to_rgbs.append(ToRGB(channels[size], w_dim))
 
         self.noises = nn.Module()
-        for i, size in enumerate([4, *(size for size in sizes[1:] for _ in range(2))]):
+        for i in range(self.num_ws - 1):
+            size = sizes[(i + 1) // 2]
             self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, size, size))
 
     def layers(self):
@@ -192,7 +193,8 @@ class Generator(nn.Module):
         x = self.input.input.expand(len(w), -1, -1, -1)
         x = self.conv1(x, ws[0], noises[0])
         image = self.to_rgb1(x, ws[1])
-        for i, to_rgb in zip(range(1, self.num_ws, 2), self.to_rgbs, strict=False):
+        for block, to_rgb in enumerate(self.to_rgbs):
+            i = 2 * block + 1
             x = self.convs[i - 1](x, ws[i], noises[i])
             x = self.convs[i](x, ws[i + 1], noises[i + 1])
             image = to_rgb(x, ws[i + 2], image)

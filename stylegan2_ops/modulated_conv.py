@@ -12,7 +12,8 @@ def modulated_conv2d(
 ):
     """Convolve each image with weights of its own, scaled by its styles and brought to unit norm.
 
-    In this order: upsample by `up` with `resample_filter`, pad, convolve, demodulate, add noise.
+    In this order: upsample by `up` with `resample_filter`, where the filter also fills the margin
+    of `padding` pixels; convolve; demodulate; add noise.
         w'[b, o, i, k] = weight[o, i, k] * styles[b, i]                            Eq. (1)
         y[b, o] = sum_i conv(x[b, i], w'[b, o, i]) / sqrt(sum_ik w'[b, o, i, k]^2 + 1e-8)   Eq. (3)
     Computed as scale x, convolve with the shared weight, scale y: equal, and one plain convolution.
