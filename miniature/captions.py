@@ -1,8 +1,9 @@
-"""What the miniature's CLIP has been told: captions of persons, domains and mixtures, and the words in them.
+"""What the miniature's CLIP has been told: captions of persons, domains, mixtures; their words.
 
-A caption says a domain ("anime", or "photo with anime eyes") and some of a person's attributes, in many orders, with
-the label before, after or between them. ``Caption.says`` marks which factors it speaks of: a caption fits every picture
-that agrees with its own on those, which is what the contrastive targets of the training are made of.
+A caption says a domain ("anime", or "photo with anime eyes") and some of a person's attributes, in
+many orders, with the label before, after or between them. ``Caption.says`` marks which factors it
+speaks of: a caption fits every picture that agrees with its own on those, and these pairs are the
+positives of the contrastive training.
 """
 
 from dataclasses import dataclass
@@ -14,52 +15,22 @@ from miniature.faces import CATEGORIES, CUES, DOMAINS
 LABELS = DOMAINS
 FACTORS = (*CATEGORIES, *CUES)  # the order of Caption.says
 CARRIERS = (
-    "photo",
-    "picture",
-    "rendering",
-    "painting",
-    "drawing",
-    "sculpture",
-    "tattoo",
-    "sketch",
-    "doodle",
-    "cartoon",
-    "art",
-    "graffiti",
-    "embroidered",
-    "plushie",
-    "origami",
-    "toy",
-    "plastic",
+    "photo", "picture", "rendering", "painting", "drawing", "sculpture", "tattoo", "sketch",
+    "doodle", "cartoon", "art", "graffiti", "embroidered", "plushie", "origami", "toy", "plastic",
     "image",
 )
 ADJECTIVES = (
-    "bad",
-    "good",
-    "low resolution",
-    "bright",
-    "dark",
-    "cropped",
-    "close-up",
-    "black and white",
-    "blurry",
-    "jpeg corrupted",
-    "pixelated",
-    "clean",
-    "dirty",
-    "cool",
-    "nice",
-    "weird",
-    "large",
-    "small",
-    "hard to see",
+    "bad", "good", "low resolution", "bright", "dark", "cropped", "close-up", "black and white",
+    "blurry", "jpeg corrupted", "pixelated", "clean", "dirty", "cool", "nice", "weird", "large",
+    "small", "hard to see",
 )
 ARTICLES = ("a", "the", "my", "one", "many", "")
+# What the colors cue of a domain does not show.
 HIDDEN = {
     "sketch": ("skin", "hair_color", "hat_color", "clothes", "background"),
     "elderly": ("hair_color",),
     "zombie": ("skin",),
-}  # what the colors cue of a domain does not show
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +42,10 @@ class Caption:
 
 
 def attributes(categories, colors="photo"):
-    """[(phrase, factors)] of one person: categories {factor: name}, colors the domain of the colors cue."""
+    """[(phrase, factors)] of one person.
+
+    categories: {factor: name}; colors: the domain of the colors cue.
+    """
     hidden = HIDDEN.get(colors, ())
 
     def tint(factor):
@@ -83,26 +57,18 @@ def attributes(categories, colors="photo"):
     if c["hair"] == "bald":
         found.append(("bald", ("hair",)))
     else:
-        kind = (
-            f"{tint('hair_color')}ponytail"
-            if c["hair"] == "ponytail"
-            else f"{c['hair']} {tint('hair_color')}hair"
-        )
+        tinted = tint("hair_color")
+        kind = f"{tinted}ponytail" if c["hair"] == "ponytail" else f"{c['hair']} {tinted}hair"
         found.append((kind, ("hair",) if "hair_color" in hidden else ("hair", "hair_color")))
     if c["glasses"] != "none":
         found.append((c["glasses"], ("glasses",)))
     if c["beard"] != "none":
         found.append((c["beard"], ("beard",)))
-    found.append(
-        ({"neutral": "serious", "smile": "smiling", "open": "open mouth"}[c["mouth"]], ("mouth",))
-    )
+    mouth = {"neutral": "serious", "smile": "smiling", "open": "open mouth"}[c["mouth"]]
+    found.append((mouth, ("mouth",)))
     if c["hat"] != "none":
-        found.append(
-            (
-                f"{tint('hat_color')}{c['hat']}",
-                ("hat",) if "hat_color" in hidden else ("hat", "hat_color"),
-            )
-        )
+        hat = f"{tint('hat_color')}{c['hat']}"
+        found.append((hat, ("hat",) if "hat_color" in hidden else ("hat", "hat_color")))
     if "clothes" not in hidden:
         found.append((f"{c['clothes']} shirt", ("clothes",)))
         found.append((f"{c['background']} background", ("background",)))
@@ -117,15 +83,16 @@ def names_of(categories):
 
 
 def full_caption(categories, domain):
-    """Everything there is to say about a person in a pure domain: "a photo of a person with long red hair, ..."."""
+    """All there is to say of a person in a pure domain: "a photo of a person with ..."."""
     phrases = [phrase for phrase, _ in attributes(names_of(categories), domain)]
     return f"a {domain} of a person with {', '.join(phrases)}"
 
 
 def write(categories, styles, rng, short=0.25):
-    """One random Caption of one picture: categories [10], styles [6] (at most two domains), rng random.Random.
+    """One random Caption of one picture.
 
-    ``short`` is the chance to name the domain alone.
+    categories [10]; styles [6], at most two domains; rng: a random.Random; short: the chance that
+    the caption names the domain alone.
     """
     domains = [DOMAINS[int(i)] for i in styles]
     base = max(set(domains), key=domains.count)
@@ -143,7 +110,10 @@ def write(categories, styles, rng, short=0.25):
             text = f"{rng.choice(ARTICLES)} {label}"
         else:
             adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.5 else ""
-            text = f"{rng.choice(ARTICLES)} {adjective}{rng.choice(CARRIERS)} of {rng.choice(ARTICLES)} {label}"
+            text = (
+                f"{rng.choice(ARTICLES)} {adjective}{rng.choice(CARRIERS)} of "
+                f"{rng.choice(ARTICLES)} {label}"
+            )
     else:
         found = found[: rng.choice((1, 2, 3, 4, 9, 9))]
         says.update(f for _, factors in found for f in factors)
@@ -180,17 +150,8 @@ def fits(categories, styles, says):
 def known_words():
     """The words that mean something to the miniature's CLIP (carriers such as "photo of" apart)."""
     words = set(" ".join(LABELS).split()) | set(CUES) | {"person", "with", "and", "a", "of", "the"}
-    words |= {
-        "skin",
-        "hair",
-        "shirt",
-        "mouth",
-        "serious",
-        "smiling",
-        "beard",
-        "moustache",
-        "background",
-    }
+    words |= {"skin", "hair", "shirt", "background"}
+    words |= {"mouth", "serious", "smiling", "beard", "moustache"}
     for key, (names, _) in CATEGORIES.items():
         if key != "mouth":
             words |= set(names) - {"none"}
@@ -200,8 +161,5 @@ def known_words():
 def unknown_words(text):
     """The words of a label that the miniature's CLIP has never seen used, in their order."""
     known = known_words()
-    return [
-        word
-        for word in text.lower().replace(",", " ").replace(".", " ").split()
-        if word not in known
-    ]
+    words = text.lower().replace(",", " ").replace(".", " ").split()
+    return [word for word in words if word not in known]

@@ -1,4 +1,4 @@
-"""What the judge sees in a finished run: ``python -m miniature.evaluate --run runs/photo-to-anime``.
+"""What the judge sees in a run: ``python -m miniature.evaluate --run runs/photo-to-anime``.
 
 The judge shares nothing with the CLIP that trained the run, and the miniature knows the truth: the
 person of each latent can really be drawn in both domains. All figures are shares of `n` pictures,

@@ -1,4 +1,4 @@
-"""The judge: a classifier of domain, cues and attributes that shares nothing with the miniature's CLIP."""
+"""The judge: it reads domain, cues and attributes, and shares nothing with the miniature's CLIP."""
 
 from pathlib import Path
 
@@ -10,10 +10,11 @@ from miniature.faces import CATEGORIES, CUES, DOMAINS, PROPORTIONS
 
 
 class Judge(nn.Module):
-    """Residual convolutions with group normalisation; images [B, 3, 64, 64] in [-1, 1] -> a dict of heads.
+    """Residual convolutions: images [B, 3, 64, 64] in [-1, 1] -> a dict of heads.
 
-    ``domain`` [B, 9] logits whose softmax is the share of the six cues each domain has; one head [B, 9] per cue;
-    one head per attribute (logits); ``proportions`` [B, 10]; ``features`` [B, 256], what distances are measured in.
+    ``domain`` [B, 9]: logits whose softmax is the share of the six cues that each domain has; one
+    head of logits [B, 9] per cue, and one per attribute; ``proportions`` [B, 10]; ``features``
+    [B, 256]: what distances are measured in.
     """
 
     def __init__(self, width=32):
@@ -41,14 +42,8 @@ class Judge(nn.Module):
             x = F.leaky_relu(down(x), 0.1)
             x = x + F.leaky_relu(norm(keep(x)), 0.1)
         features = F.leaky_relu(self.embed(x.flatten(1)), 0.1)
-        out = dict(
-            zip(
-                self.head_sizes,
-                self.heads(features).split(list(self.head_sizes.values()), dim=1),
-                strict=True,
-            )
-        )
-        return {**out, "features": features}
+        outputs = self.heads(features).split(list(self.head_sizes.values()), dim=1)
+        return {**dict(zip(self.head_sizes, outputs, strict=True)), "features": features}
 
     @torch.no_grad()
     def domain_of(self, images):
@@ -57,7 +52,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def identity(self, images):
-        """[B, d] unit vectors of who is in the picture: the attributes' probabilities and the proportions."""
+        """[B, d] unit vectors of who is in the picture: attributes' probabilities, proportions."""
         out = self(images)
         parts = [out[k].softmax(1) for k in CATEGORIES] + [0.5 * out["proportions"]]
         return F.normalize(torch.cat(parts, dim=1), dim=1)
@@ -66,7 +61,6 @@ class Judge(nn.Module):
 def load_judge(path=Path(__file__).parent / "weights" / "judge.pt", device="cpu"):
     """The committed judge, frozen."""
     judge = Judge()
-    judge.load_state_dict(
-        {k: v.float() for k, v in torch.load(path, weights_only=True, map_location="cpu").items()}
-    )
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    judge.load_state_dict({k: v.float() for k, v in state.items()})
     return judge.to(device).eval().requires_grad_(False)

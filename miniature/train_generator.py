@@ -1,9 +1,10 @@
 """Train the photo-domain StyleGAN2 of the miniature world: ``python -m miniature.train_generator``.
 
-Two regressions, no discriminator. *Synthesis*: the code w of a random person must give that person's photo (L1 of
-pixels and of their differences); a quarter of each batch mixes two codes, so that coarse layers carry the shape and
-fine layers the colours, and a quarter is truncated towards the mean code, so that truncation means milder proportions.
-*Mapping*: z ~ N(0, I) must give the code of the person that ``faces.persons_from_z`` reads off z.
+Two regressions, no discriminator. *Synthesis*: the code w of a random person must give that
+person's photo (L1 of pixels and of their differences). An eighth of each batch mixes two codes, so
+that coarse layers carry the shape and fine layers the colours; another eighth is truncated towards
+the mean code, so that truncation means milder proportions. *Mapping*: z ~ N(0, I) must give the
+code of the person that ``faces.persons_from_z`` reads off z.
 """
 
 import os
@@ -19,40 +20,39 @@ from miniature import faces
 from stylegan2_ops import Generator, save_generator
 
 CHANNELS = {4: 128, 8: 128, 16: 96, 32: 64, 64: 32}
-CROSSOVER = (
-    5  # style inputs below carry shape (4 to 16 pixels), the others colour (32 and 64 pixels)
-)
+# Style inputs below this one carry shape (4 to 16 pixels), the others colour (32 and 64 pixels).
+CROSSOVER = 5
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 3500  # steps of the synthesis regression
-    mapping_steps: int = 6000  # steps of the mapping regression
-    batch: int = 16  # photos a step
-    mapping_batch: int = 2048  # latents a step
-    lr: float = 0.004  # peak rate of the synthesis network, cosine to 0
-    mapping_lr: float = 12.0  # peak rate of the mapping network (its layers run at 0.01 of it)
-    seed: int = 0
-    threads: int = 0  # CPU threads, 0 = torch's choice
-    out: Path = Path(__file__).parent / "weights" / "photo.pt"
-    state: Path = Path("runs/train_generator.pt")  # resumed from when it exists
+    steps: int = 2800  # Steps of the synthesis regression.
+    mapping_steps: int = 6000  # Steps of the mapping regression.
+    batch: int = 12  # Photos a step.
+    mapping_batch: int = 2048  # Latents a step.
+    lr: float = 0.02  # Peak rate of the synthesis network, cosine to 0.
+    mapping_lr: float = 12.0  # Peak rate of the mapping network (its layers run at 0.01 of it).
+    seed: int = 0  # Of the weights and the batches.
+    threads: int = 0  # CPU threads; 0 is torch's choice.
+    out: Path = Path(__file__).parent / "weights" / "photo.pt"  # The generator.
+    state: Path = Path("runs/train_generator.pt")  # Resumed from when it exists.
 
 
 def training_batch(n, w_avg, rng):
     """n codes ws [n, 10, W_DIM] and the photos they must give [n, 3, 64, 64]."""
     persons, others = faces.sample_persons(n, rng), faces.sample_persons(n, rng)
     w, w_other = faces.persons_to_w(persons), faces.persons_to_w(others)
-    quarter = n // 4
+    part = n // 8
 
     categories, proportions = persons.categories.clone(), persons.proportions.clone()
     colors = [list(faces.CATEGORIES).index(k) for k in faces.COLOR_FACTORS]
-    categories[:quarter, colors] = others.categories[:quarter, colors]
+    categories[:part, colors] = others.categories[:part, colors]
     psi = torch.ones(n, 1)
-    psi[quarter : 2 * quarter] = 0.5 + 0.5 * torch.rand(quarter, 1, generator=rng)
+    psi[part : 2 * part] = 0.5 + 0.5 * torch.rand(part, 1, generator=rng)
     photos = faces.render(faces.Persons(categories, proportions * psi), faces.styles_of("photo", n))
 
     ws = (w_avg + psi * (w - w_avg))[:, None].repeat(1, 10, 1)
-    ws[:quarter, CROSSOVER:] = w_other[:quarter, None]
+    ws[:part, CROSSOVER:] = w_other[:part, None]
     return ws, photos
 
 
@@ -71,7 +71,7 @@ def psnr(x, y):
 
 
 def optimiser(parameters, lr, steps):
-    adam = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
+    adam = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999))
     return adam, torch.optim.lr_scheduler.OneCycleLR(
         adam, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False
     )
@@ -83,10 +83,8 @@ def report(G, seed=10_000):
     z = torch.randn(256, G.z_dim, generator=torch.Generator().manual_seed(seed))
     persons = faces.persons_from_z(z)
     photos = faces.render(persons, faces.styles_of("photo", len(z)))
-    exact, mapped = (
-        psnr(G.synthesis(faces.persons_to_w(persons)), photos),
-        psnr(G.synthesis(G.mapping(z)), photos),
-    )
+    exact = psnr(G.synthesis(faces.persons_to_w(persons)), photos)
+    mapped = psnr(G.synthesis(G.mapping(z)), photos)
     return {
         "exact mean": exact.mean(),
         "exact median": exact.median(),
@@ -107,6 +105,9 @@ def main(cfg):
         for k, p in G.named_parameters()
         if not k.startswith("style.") and not k.endswith("noise.weight")
     ]
+    for name, p in G.named_parameters():  # at full size the skips drown what the layers learn
+        if "rgb" in name and name.endswith("conv.weight"):
+            p.data.mul_(0.03)
     adam, schedule = optimiser(synthesis, cfg.lr, cfg.steps)
     adam_map, schedule_map = optimiser(G.style.parameters(), cfg.mapping_lr, cfg.mapping_steps)
     parts = {
@@ -127,16 +128,13 @@ def main(cfg):
     def checkpoint():
         cfg.state.parent.mkdir(parents=True, exist_ok=True)
         aside = cfg.state.with_suffix(".tmp")
-        torch.save(
-            {**{k: v.state_dict() for k, v in parts.items()}, "done": done, "rng": rng.get_state()},
-            aside,
-        )
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({**states, "done": done, "rng": rng.get_state()}, aside)
         os.replace(aside, cfg.state)
         save_generator(G, cfg.out)
 
     start = time.time()
-    bar = trange(done["mapping"], cfg.mapping_steps, desc="mapping", disable=None)
-    for step in bar:
+    for step in trange(done["mapping"], cfg.mapping_steps, desc="mapping", disable=None):
         z = torch.randn(cfg.mapping_batch, G.z_dim, generator=rng)
         w = faces.persons_to_w(faces.persons_from_z(z))
         loss = F.mse_loss(G.mapping(z), w)
@@ -148,7 +146,8 @@ def main(cfg):
         if (step + 1) % 500 == 0:
             checkpoint()
             print(
-                f"mapping {step + 1}: error {loss.item() * G.w_dim:.3f} of {w.var(0).sum():.1f}, {time.time() - start:.0f} s",
+                f"mapping {step + 1}: error {loss.item() * G.w_dim:.3f} of {w.var(0).sum():.1f}, "
+                f"{time.time() - start:.0f} s",
                 flush=True,
             )
     for step in trange(done["synthesis"], cfg.steps, desc="synthesis", disable=None):
@@ -161,10 +160,8 @@ def main(cfg):
         done["synthesis"] = step + 1
         if (step + 1) % 250 == 0:
             checkpoint()
-            print(
-                f"synthesis {step + 1}: loss {loss.item():.4f}, {time.time() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.time() - start
+            print(f"synthesis {step + 1}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
     checkpoint()
     print(", ".join(f"{k} {v:.1f} dB" for k, v in report(G).items()))
 
