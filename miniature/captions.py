@@ -95,7 +95,7 @@ def write(categories, styles, rng, short=0.25):
     the caption names the domain alone.
     """
     domains = [DOMAINS[int(i)] for i in styles]
-    base = max(set(domains), key=domains.count)
+    base = max(sorted(set(domains)), key=domains.count)
     extras = [f"{d} {cue}" for cue, d in zip(CUES, domains, strict=True) if d != base]
     rng.shuffle(extras)
     label = base + (" with " + " and ".join(extras) if extras else "")
