@@ -27,7 +27,6 @@ R resolution, W = num_ws, the number of w inputs of the synthesis network.
 Usage
   python ipl.py --source photo --target anime                          the miniature world, on a CPU
   python ipl.py --generator ffhq.pt --clip ViT-B/32 --target Disney    a real StyleGAN2
-  python ipl.py sample --run runs/photo-to-anime --n 16 --seed 1 --out grid.png
 To copy it: the file needs torch, numpy and clip; train_mapper and adapt_generator take any
 generator that fits the protocol of section 1.
 
@@ -121,13 +120,15 @@ class Config:
     samples: int = 8  # Samples: how many are drawn at the end.
 
 
-# The miniature world is not FFHQ: its networks are small, learn at other rates, and are used to
-# their fixed noise. Its runs start from these values.
+# The miniature's networks are small and learn at other rates: its runs start from these values.
 MINIATURE = Config(
-    steps_mapper=100,
-    lr=0.0016 * 5 / 4,
-    batch=4,
-    steps=150,
+    residual="none",
+    steps_mapper=60,
+    lambda_domain=20.0,
+    lambda_source=1.0,
+    lr=0.006,  # steps, batch and crop by measurement: longer runs drift into patterns
+    batch=8,
+    steps=200,
     eps=0.1,
     noise="fixed",
     crop=0.15,
