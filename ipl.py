@@ -123,8 +123,8 @@ class Config:
 # The miniature's networks are small and learn at other rates: its runs start from these values.
 MINIATURE = Config(
     residual="none",
-    steps_mapper=60,
-    lambda_domain=20.0,
+    steps_mapper=120,
+    lambda_domain=2.0,
     lambda_source=1.0,
     lr=0.006,  # steps, batch and crop by measurement: longer runs drift into patterns
     batch=8,
