@@ -24,7 +24,7 @@ from stylegan2_ops import load_generator
 class Config:
     run: Path = Path("runs/photo-to-anime")  # A finished run on the miniature world.
     n: int = 512  # Pictures.
-    seed: int = 40_000  # Of the latents.
+    seed: int = 50_000  # Of the latents.
 
 
 @torch.no_grad()

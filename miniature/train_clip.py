@@ -311,7 +311,7 @@ def main(cfg):
     start_step = saved["step"] if saved else 0
     model = build(64 if start_step < cfg.small_steps else 128, saved and saved["model"]).train()
     heads = FactorHeads()
-    if saved and "heads" in saved:
+    if saved:
         heads.load_state_dict(saved["heads"])
 
     def optimiser():
@@ -325,8 +325,7 @@ def main(cfg):
 
     adam = optimiser()
     if saved:
-        if "heads" in saved:
-            adam.load_state_dict(saved["adam"])
+        adam.load_state_dict(saved["adam"])
         rng.set_state(saved["rng"])
         words.seed(start_step)
     start = time.time()
