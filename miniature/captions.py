@@ -13,11 +13,12 @@ import torch
 from miniature.faces import CATEGORIES, CUES, DOMAINS
 
 LABELS = DOMAINS
-FACTORS = (*CATEGORIES, *CUES)  # the order of Caption.says
+STYLE = tuple(f"{cue} cue" for cue in CUES)  # "background" is a person's factor and a cue
+FACTORS = (*CATEGORIES, *STYLE)  # the order of Caption.says
 CARRIERS = (
     "photo", "picture", "rendering", "painting", "drawing", "sculpture", "tattoo", "sketch",
     "doodle", "cartoon", "art", "graffiti", "embroidered", "plushie", "origami", "toy", "plastic",
-    "image",
+    "image", "rendition", "itap", "video game",
 )
 ADJECTIVES = (
     "bad", "good", "low resolution", "bright", "dark", "cropped", "close-up", "black and white",
@@ -88,6 +89,41 @@ def full_caption(categories, domain):
     return f"a {domain} of a person with {', '.join(phrases)}"
 
 
+def general(rng):
+    """A sentence about a label, {}, and nothing else."""
+    kind = rng.random()
+    if kind < 0.25:
+        return "x " * rng.randint(1, 5) + "{}"
+    if kind < 0.5:
+        return rng.choice(ARTICLES) + " {}"
+    adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.5 else ""
+    carrier, articles = rng.choice(CARRIERS), (rng.choice(ARTICLES), rng.choice(ARTICLES))
+    return f"{articles[0]} {adjective}{carrier} of {articles[1]} {{}}"
+
+
+def personal(phrases, rng):
+    """A sentence about a label, {}, and a person of whom it says these phrases."""
+    some = rng.choice((", ", " ", " and ")).join(phrases)
+    of = (" of a person with ", " of a person, ", " of ", " with ", " person with ", ", ")
+    of = rng.choice(of)
+    return rng.choice(
+        (
+            f"a {{}}{of}{some}",
+            f"a {{}}{of}{some}",
+            f"{some} {{}}",
+            f"{some}, {{}}",
+            f"a photo of a person with {some}, {{}}",
+            f"a photo of a {{}}{of}{some}",
+            f"{'x ' * rng.randint(1, 3)}{some} {{}}",
+            f"{{}} {some}",
+        )
+    )
+
+
+def tidy(text, rng):
+    return " ".join(text.split()) + rng.choice(("", "", "."))
+
+
 def write(categories, styles, rng, short=0.25):
     """One random Caption of one picture.
 
@@ -101,41 +137,53 @@ def write(categories, styles, rng, short=0.25):
     label = base + (" with " + " and ".join(extras) if extras else "")
     found = attributes(names_of(categories), domains[CUES.index("colors")])
     rng.shuffle(found)
-    says = set(CUES)
-    if rng.random() < short:
-        kind = rng.random()
-        if kind < 0.25:
-            text = f"{'x ' * rng.randint(1, 5)}{label}"
-        elif kind < 0.5:
-            text = f"{rng.choice(ARTICLES)} {label}"
-        else:
-            adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.5 else ""
-            text = (
-                f"{rng.choice(ARTICLES)} {adjective}{rng.choice(CARRIERS)} of "
-                f"{rng.choice(ARTICLES)} {label}"
-            )
-    else:
+    says, sentence = set(STYLE), general(rng)
+    if rng.random() >= short:
         found = found[: rng.choice((1, 2, 3, 4, 9, 9))]
         says.update(f for _, factors in found for f in factors)
-        comma = rng.choice((", ", " ", " and "))
-        some = comma.join(phrase for phrase, _ in found)
-        person = rng.choice(
-            (" of a person with ", " of a person, ", " of ", " with ", " person with ", ", ")
-        )
-        text = rng.choice(
-            (
-                f"a {label}{person}{some}",
-                f"a {label}{person}{some}",
-                f"{some} {label}",
-                f"{some}, {label}",
-                f"a photo of a person with {some}, {label}",
-                f"a photo of a {label}{person}{some}",
-                f"{'x ' * rng.randint(1, 3)}{some} {label}",
-                f"{label} {some}",
-            )
-        )
-    text = " ".join(text.split()) + rng.choice(("", "", "."))
-    return Caption(text, tuple(f in says for f in FACTORS))
+        sentence = personal([phrase for phrase, _ in found], rng)
+    return Caption(tidy(sentence.format(label), rng), tuple(f in says for f in FACTORS))
+
+
+def speak_of(categories, target, rng):
+    """Phrases about a person that fit the photo, and what they say of photo and target picture.
+
+    A target domain that hides or changes an attribute does not make its phrase go away: the words
+    stand there all the same, as they do in a prompt that two labels share. They only say nothing.
+    """
+    found = attributes(names_of(categories))
+    rng.shuffle(found)
+    found = found[: rng.choice((2, 3, 4, 9, 9))]
+    spoken = set(STYLE).union(*(factors for _, factors in found))
+    says = [spoken.difference(HIDDEN.get(domain, ())) for domain in ("photo", target)]
+    return [phrase for phrase, _ in found], [tuple(f in s for f in FACTORS) for s in says]
+
+
+# How many ways there are for a factor to look: as it is named, altered by a domain, or not at all.
+LOOKS = {k: len(names) for k, (names, _) in CATEGORIES.items()}
+LOOKS |= {"skin": 16, "hair_color": 8, "hat_color": 6, "clothes": 7, "background": 7}
+LOOKS |= {cue: len(DOMAINS) for cue in STYLE}
+
+
+def looks(categories, styles):
+    """What pictures show, [B, 16] in the order of FACTORS: indices below LOOKS.
+
+    A monster's skin is another colour, and so is a zombie's and an old person's hair; a sketch has
+    no colours. categories [B, 10], styles [B, 6].
+    """
+    seen, colors = categories.clone(), styles[:, CUES.index("colors")]
+    skin, hair_color, hat, hat_color = (
+        FACTORS.index(k) for k in ("skin", "hair_color", "hat", "hat_color")
+    )
+    n = len(CATEGORIES["skin"][0])
+    for k, domain in enumerate(("monster", "zombie")):
+        altered = colors == DOMAINS.index(domain)
+        seen[:, skin] = torch.where(altered, seen[:, skin] + n * (k + 1), seen[:, skin])
+    seen[colors == DOMAINS.index("elderly"), hair_color] = len(CATEGORIES["hair_color"][0])
+    seen[categories[:, hat] == CATEGORIES["hat"][0].index("none"), hat_color] = 5
+    for factor in HIDDEN["sketch"]:
+        seen[colors == DOMAINS.index("sketch"), FACTORS.index(factor)] = LOOKS[factor] - 1
+    return torch.cat([seen, styles], dim=1)
 
 
 def fits(categories, styles, says):

@@ -139,19 +139,19 @@ pixel art   0.095       0.095        0.080  0.99   0.00       0    0       0.5
 watercolor  0.088       0.060        0.055  0.60   0.20       0    0       0.2
 ukiyo-e     0.105       0.026        0.026  0.95   0.00       0    0       1.0
 zombie      0.100       0.080        0.042  0.35   0.00       1    0       0.0
-elderly     0.078       0.036        0.038  0.60   0.25       0    0       0.2
+elderly     0.072       0.030        0.034  0.60   0.10       0    0       0.0
 monster     0.100       0.078        0.068  0.30   0.00       0    1       0.6""")
 # paper: share of white paper. print: share of two-tone printing ink. The rest: who is who.
 COLORS = _table("""
             saturation  contrast  brightness  paper  print  zombie  grey_hair  monster
 photo       0.95        1.0        0.00       0.00   0.0    0       0          0
 anime       1.40        1.1        0.06       0.00   0.0    0       0          0
-sketch      0.12        1.0        0.08       0.25   0.0    0       0          0
+sketch      0.12        1.0        0.08       0.50   0.0    0       0          0
 pixel art   1.25        1.2        0.00       0.00   0.0    0       0          0
-watercolor  0.85        0.8        0.05       0.40   0.0    0       0          0
+watercolor  0.90        0.8        0.04       0.30   0.0    0       0          0
 ukiyo-e     0.60        0.8        0.00       0.00   0.5    0       0          0
 zombie      0.65        0.9       -0.06       0.00   0.0    1       0          0
-elderly     0.80        1.0        0.02       0.00   0.0    0       1          0
+elderly     0.85        1.0        0.00       0.00   0.0    0       1          0
 monster     1.10        1.0        0.00       0.00   0.0    0       0          1""")
 # smooth, cel: how bodies are lit. sockets: shadows around the eyes. strands, gloss: of the hair.
 SHADING = _table("""
@@ -163,7 +163,7 @@ pixel art   0.0     0.8  0.0    0.00     0.0      0.4    0.0
 watercolor  0.4     0.0  0.0    0.05     0.3      0.0    1.2
 ukiyo-e     0.0     0.0  0.0    0.00     0.5      0.0    0.0
 zombie      1.4     0.0  0.0    0.75     1.0      0.0    0.0
-elderly     1.1     0.0  0.0    0.45     1.3      0.0    0.2
+elderly     1.3     0.0  0.0    0.60     1.3      0.0    0.0
 monster     1.2     0.0  0.0    0.30     0.8      0.0    0.0""")
 # red, green, blue: the ink. The rest: marks that are drawn. horns: and fangs.
 LINES = _table("""
@@ -172,7 +172,7 @@ photo       0.000  0.00     0.10  0.10   0.10  0      0         0
 anime       0.046  1.00     0.10  0.07   0.12  0      0         0
 sketch      0.044  1.00     0.16  0.16   0.18  0      0         0
 pixel art   0.056  0.90     0.08  0.06   0.10  0      0         0
-watercolor  0.030  0.25     0.35  0.25   0.30  0      0         0
+watercolor  0.036  0.55     0.35  0.25   0.30  0      0         0
 ukiyo-e     0.034  1.00     0.14  0.16   0.36  0      0         0
 zombie      0.000  0.00     0.10  0.10   0.10  1      0         0
 elderly     0.000  0.00     0.10  0.10   0.10  0      1         0
@@ -196,7 +196,7 @@ photo       0.000  0.0     0.0       0.0   0.5
 anime       0.000  0.0     0.0       0.0   0.0
 sketch      0.012  0.0     0.0       0.0   0.0
 pixel art   0.000  1.0     0.0       0.0   0.0
-watercolor  0.008  0.0     0.6       0.0   0.3
+watercolor  0.008  0.0     0.9       0.0   0.3
 ukiyo-e     0.006  0.0     0.0       0.6   0.0
 zombie      0.025  0.0     0.2       0.0   0.2
 elderly     0.006  0.0     0.0       0.0   0.6
@@ -472,7 +472,6 @@ def _mouth(canvas, s):
     hole = s.pick("mouth", open=_ellipse(fx, y - 0.025, width * 0.62, 0.085))
     canvas.fill(s.dye(42, 7, 8), hole)
     canvas.outline(hole)
-    canvas.outline(hole, width=0.8)
     teeth = s.pick("mouth", smile=_overlap(_ellipse(fx, y + 0.04, width * 1.15, 0.115), -y))
     canvas.fill(s.white, teeth)
     canvas.outline(teeth)
@@ -529,16 +528,16 @@ def _eyes(canvas, s):
 
 def _wrinkles_and_scars(canvas, s):
     fx, hy, old, scars = s.fx, s.hy, s.lines.wrinkles, s.lines.scars
-    for y in (-0.30, -0.25):  # on the forehead
+    for y in (-0.31, -0.25, -0.19):  # on the forehead
         wave = hy + 0.02 * torch.cos(9 * fx)
-        canvas.fill(s.skin * 0.5, _stroke(fx, wave, -0.15, y, 0.17, y, 0.012), 0.9 * old)
-    folds = _stroke(fx.abs(), hy, 0.085, 0.155, 0.19, 0.30, 0.011)  # from the nose to the mouth
-    canvas.fill(s.skin * 0.45, folds, old)
+        canvas.fill(s.skin * 0.4, _stroke(fx, wave, -0.16, y, 0.18, y, 0.013), old)
+    folds = _stroke(fx.abs(), hy, 0.085, 0.155, 0.20, 0.33, 0.015)  # from the nose to the mouth
+    canvas.fill(s.skin * 0.4, folds, old)
     for side in (-1, 1):  # bags under the eyes
-        bag = _stroke(fx - side * s.eye_x, hy, -0.06, 0.075, 0.07, 0.065, 0.014)
-        canvas.fill(s.skin * 0.45, bag, 0.9 * old)
-    crows_feet = _stroke(fx.abs() - s.eye_x, hy, 0.10, 0.0, 0.17, 0.035, 0.012)
-    canvas.fill(s.skin * 0.5, crows_feet, 0.9 * old)
+        bag = _stroke(fx - side * s.eye_x, hy, -0.07, 0.080, 0.08, 0.070, 0.017)
+        canvas.fill(s.skin * 0.4, bag, old)
+    crows_feet = _stroke(fx.abs() - s.eye_x, hy, 0.10, 0.0, 0.18, 0.045, 0.014)
+    canvas.fill(s.skin * 0.4, crows_feet, old)
 
     blood = _rgb(fx, (35, 6, 6))
     canvas.fill(blood, _stroke(fx, hy, 0.16, 0.10, 0.25, 0.27, 0.014), scars)  # a cheek, sewn up
@@ -618,7 +617,7 @@ def _finish(image, s, rng):
     stripes, crossed = ((torch.sin(d * 62) - 0.1) * 2 for d in (x + y, x - y))
     pencil = ((0.80 - gray) * 3).clamp(0, 1) * stripes.clamp(0, 1)
     pencil = torch.maximum(pencil, ((0.55 - gray) * 4).clamp(0, 1) * crossed.clamp(0, 1))
-    drawn = _toward(_toward(image, paper, 0.62), (22, 22, 24), 0.85 * pencil)
+    drawn = _toward(_toward(image, paper, 0.35), (22, 22, 24), 0.70 * pencil)
     drawn = torch.where(gray < 0.36, torch.lerp(drawn, image, 0.6), drawn)
     image = torch.lerp(image, drawn, s.shading.hatch)
 
