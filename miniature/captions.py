@@ -159,30 +159,44 @@ def speak_of(categories, target, rng):
     return [phrase for phrase, _ in found], [tuple(f in s for f in FACTORS) for s in says]
 
 
-# How many ways there are for a factor to look: as it is named, altered by a domain, or not at all.
+# The domains that give a factor colours of their own, by the cue that does it.
+ALTERED = {
+    "skin": ("colors", "monster", "zombie", "negative"),
+    "hair_color": ("colors", "monster", "negative"),
+    "hat_color": ("colors", "negative"),
+    "clothes": ("colors", "negative"),
+    "background": ("background", "negative"),
+}
+# How many ways there are for a factor to look: as it is named, as altered, or not to be seen.
 LOOKS = {k: len(names) for k, (names, _) in CATEGORIES.items()}
-LOOKS |= {"skin": 16, "hair_color": 8, "hat_color": 6, "clothes": 7, "background": 7}
+LOOKS |= {k: LOOKS[k] * len(altered) + 1 for k, altered in ALTERED.items()}
 LOOKS |= {cue: len(DOMAINS) for cue in STYLE}
 
 
 def looks(categories, styles):
     """What pictures show, [B, 16] in the order of FACTORS: indices below LOOKS.
 
-    A monster's skin is another colour, and so is a zombie's and an old person's hair; a sketch has
-    no colours. categories [B, 10], styles [B, 6].
+    A monster's skin is another colour, and so is everything in a negative; a sketch has no colours,
+    and an old person's hair is grey. categories [B, 10], styles [B, 6].
     """
-    seen, colors = categories.clone(), styles[:, CUES.index("colors")]
-    skin, hair_color, hat, hat_color = (
-        FACTORS.index(k) for k in ("skin", "hair_color", "hat", "hat_color")
-    )
-    n = len(CATEGORIES["skin"][0])
-    for k, domain in enumerate(("monster", "zombie")):
-        altered = colors == DOMAINS.index(domain)
-        seen[:, skin] = torch.where(altered, seen[:, skin] + n * (k + 1), seen[:, skin])
-    seen[colors == DOMAINS.index("elderly"), hair_color] = len(CATEGORIES["hair_color"][0])
-    seen[categories[:, hat] == CATEGORIES["hat"][0].index("none"), hat_color] = 5
-    for factor in HIDDEN["sketch"]:
-        seen[colors == DOMAINS.index("sketch"), FACTORS.index(factor)] = LOOKS[factor] - 1
+    seen = categories.clone()
+
+    def drawn_as(cue, domain):
+        return styles[:, CUES.index(cue)] == DOMAINS.index(domain)
+
+    swapped = (categories[:, FACTORS.index("background")] + 3) % 6
+    at = FACTORS.index("background")
+    seen[:, at] = torch.where(drawn_as("background", "monster"), swapped, seen[:, at])
+    for factor, (cue, *domains) in ALTERED.items():
+        at, n = FACTORS.index(factor), len(CATEGORIES[factor][0])
+        for k, domain in enumerate(domains):
+            seen[:, at] += n * (k + 1) * drawn_as(cue, domain)
+    no_hat = categories[:, FACTORS.index("hat")] == CATEGORIES["hat"][0].index("none")
+    hidden = {factor: drawn_as("colors", "sketch") for factor in HIDDEN["sketch"]}
+    hidden["hair_color"] = hidden["hair_color"] | drawn_as("colors", "elderly")
+    hidden["hat_color"] = hidden["hat_color"] | no_hat
+    for factor, where in hidden.items():
+        seen[where, FACTORS.index(factor)] = LOOKS[factor] - 1
     return torch.cat([seen, styles], dim=1)
 
 

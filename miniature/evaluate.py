@@ -1,73 +1,316 @@
-"""What the judge sees in a run: ``python -m miniature.evaluate --run runs/photo-to-anime``.
+"""What image-specific prompts gain, against the truth: ``python -m miniature.evaluate``.
 
-The judge shares nothing with the CLIP that trained the run, and the miniature knows the truth: the
-person of each latent can really be drawn in both domains. All figures are shares of `n` pictures,
-drawn without truncation from one seed that no training uses.
+Only this world has the truth: the person of each latent can really be drawn in the target domain.
+For every target and seed the generator is adapted with each way to choose the text direction:
 
-  source, target  the judge finds that domain to have the largest share in the picture
-  attributes      of the person's ten attributes, those that the judge reads right
-  identity        the nearest of the n true portraits in the source domain is that of the person
+  nada       one direction for all images, between the labels
+  ipl        image-specific prompts, with the preset of the miniature
+  published  the same, with stage 1 as published (residual prompts and loss weights)
+  mean       oracle: the mean of the true steps of 256 persons
+  own        oracle: each image's own true step
+  caption    oracle: the step between the two full captions of that very person
+
+Then the judge, which shares nothing with the CLIP, looks at n pictures without truncation, from
+latents that no training uses. It reads
+
+  target, source  share of the pictures in which that domain has the largest share
+  soft            mean share of the target domain
+  cues            share of the six cues that are the target's; each of them in the JSON file
+  attributes      share of the person's ten attributes that are read right
+  identity        the nearest of the n true photos is that of the same person
+  diversity       mean distance of two pictures' features, over that of true targets
+  frechet         Frechet distance of features to n true targets of other persons
+  inception       exp of the mutual information of picture and attribute, mean over attributes
+                  (the inception score with the judge's attribute heads)
+  structure       2 <a, b> / (<a, a> + <b, b>) of the gradient magnitudes of source and adapted
+                  picture (the structural consistency score with gradients for edges)
+  cosine          mean cos of the text direction and the true step of that person
+
+With --run it only reads one finished run. A row is the mean over the seeds, +- half the 95%
+interval of Student's t; differences are paired by seed. Whatever is finished is kept in the folder
+of --out, so a stopped evaluation goes on where it was.
 """
 
 import json
-from dataclasses import dataclass
+import math
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-from miniature import GENERATOR, faces
+import ipl
+from miniature import CLIP, GENERATOR, captions, faces
 from miniature.judge import load_judge
 from stylegan2_ops import load_generator
+
+METHODS = ("nada", "ipl", "published", "mean", "own", "caption")
+PUBLISHED = {
+    k: getattr(ipl.Config(), k)
+    for k in ("residual", "lambda_domain", "lambda_source", "steps_mapper")
+}
+SHOWN = ("target", "soft", "cues", "attributes", "identity", "diversity", "frechet", "structure",
+         "cosine")
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 0.975, for 1 to 9 degrees
 
 
 @dataclass(frozen=True)
 class Config:
-    run: Path = Path("runs/photo-to-anime")  # A finished run on the miniature world.
+    targets: tuple[str, ...] = faces.DOMAINS[1:]  # Target domains.
+    methods: tuple[str, ...] = METHODS  # See above.
+    seeds: tuple[int, ...] = (101, 102, 103, 104, 105)  # Of the training runs.
+    run: Path | None = None  # A finished run of ipl.py on the miniature, to be read instead.
+    out: Path = Path("runs/evaluate")  # Where results are collected.
     n: int = 512  # Pictures.
-    seed: int = 50_000  # Of the latents.
+    latents: int = 50_000  # Seed of their latents.
+
+
+# ----------------------------------------------------------------------------
+# Measuring
+
+
+def frechet(x, y):
+    """Frechet distance of two sets of features [n, d], each taken for a normal distribution."""
+    x, y = x.double(), y.double()
+    a, b = x.T.cov(), y.T.cov()
+    cross = torch.linalg.eigvals(a @ b).real.clamp_min(0).sqrt().sum()
+    return ((x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * cross).item()
+
+
+def inception(logits):
+    """exp(mean KL(p(y|x) || p(y))) of logits [n, classes]."""
+    log_p = logits.log_softmax(1)
+    return (log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1).mean().exp().item()
+
+
+def gradients(images):
+    """Gradient magnitude of the grey picture [n, (H - 1) (W - 1)]."""
+    gray = images.mean(1)
+    dx, dy = gray[:, :-1].diff(dim=2), gray[:, :, :-1].diff(dim=1)
+    return (dx.square() + dy.square()).sqrt().flatten(1)
+
+
+class Truth:
+    """The n latents of a report, the persons they stand for, and their true pictures."""
+
+    def __init__(self, n, seed, judge, generator, source="photo"):
+        rng = torch.Generator().manual_seed(seed)
+        self.z = torch.randn(n, generator.z_dim, generator=rng)
+        self.judge, self.persons, self.source = judge, faces.persons_from_z(self.z), source
+        self.others = faces.sample_persons(n, rng)
+        self.w = generator.mapping(self.z)
+        self.photos = self.draw(source)
+        self.identities = judge.identity(self.photos)
+        self.generated = self.pictures(generator)
+
+    def draw(self, domain, persons=None):
+        """True pictures of the persons (or of others) in a domain."""
+        persons = persons or self.persons
+        return faces.render(persons, faces.styles_of(domain, len(persons)))
+
+    def pictures(self, generator):
+        """What a generator draws from the latents."""
+        return torch.cat([generator.synthesis(w) for w in self.w.split(64)]).clamp(-1, 1)
+
+    def figures(self, images, target):
+        """What the judge sees in pictures that should show these persons in a target domain."""
+        out, true = self.judge(images), self.judge(self.draw(target))
+        others = self.judge(self.draw(target, self.others))["features"]
+        source, goal = (faces.DOMAINS.index(d) for d in (self.source, target))
+        domain = out["domain"].argmax(1)
+        read = [out[k].argmax(1) == self.persons.category(k) for k in faces.CATEGORIES]
+        nearest = (self.judge.identity(images) @ self.identities.T).argmax(1)
+        a, b = gradients(self.generated), gradients(images)
+        dice = 2 * (a * b).sum(1) / (a.square().sum(1) + b.square().sum(1))
+        cues = {c: (out[f"cue {c}"].argmax(1) == goal).float().mean().item() for c in faces.CUES}
+        return {
+            "target": (domain == goal).float().mean().item(),
+            "source": (domain == source).float().mean().item(),
+            "soft": out["domain"].softmax(1)[:, goal].mean().item(),
+            "cues": sum(cues.values()) / len(cues),
+            "attributes": torch.stack(read).float().mean().item(),
+            "identity": (nearest == torch.arange(len(images))).float().mean().item(),
+            "diversity": (
+                F.pdist(out["features"]).mean() / F.pdist(true["features"]).mean()
+            ).item(),
+            "frechet": frechet(out["features"], others),
+            "inception": sum(inception(out[k]) for k in faces.CATEGORIES) / len(faces.CATEGORIES),
+            "structure": dice.mean().item(),
+            **{f"cue {c}": share for c, share in cues.items()},
+        }
+
+
+# ----------------------------------------------------------------------------
+# Directions
+
+
+class Oracle:
+    """True directions and captions of the persons of given latents z; each is z -> [B, e]."""
+
+    def __init__(self, clip_model, transform, target):
+        self.clip_model, self.transform, self.target = clip_model, transform, target
+        rng = torch.Generator().manual_seed(40_000)
+        own = F.normalize(self.own(torch.randn(256, faces.W_DIM, generator=rng)), dim=-1)
+        self.mean_step = own.mean(0)
+
+    def own(self, z):
+        persons = faces.persons_from_z(z)
+        styles = [faces.styles_of(d, len(z)) for d in ("photo", self.target)]
+        images = [self.transform(faces.render(persons, s)) for s in styles]
+        return ipl.feature_delta(*(self.clip_model.encode_image(x) for x in images))
+
+    def mean(self, z):
+        return self.mean_step.expand(len(z), -1)
+
+    def caption(self, z):
+        people = faces.persons_from_z(z).categories
+        texts = [[captions.full_caption(c, d) for c in people] for d in ("photo", self.target)]
+        return ipl.feature_delta(*(ipl.encode_texts(self.clip_model, t) for t in texts))
+
+
+def train(target, method, seed, generator, clip_model, transform, oracle):
+    """One adaptation -> the generator, and its directions as a function of z."""
+    cfg = replace(ipl.MINIATURE, target=target, seed=seed)
+    if method == "published":
+        cfg = replace(cfg, **PUBLISHED)
+    rng, latest = torch.Generator().manual_seed(seed), None
+
+    def draw_z(n):
+        nonlocal latest
+        latest = torch.randn(n, generator.z_dim, generator=rng)
+        return latest
+
+    if method in ("ipl", "published"):
+        mapper, _ = ipl.train_mapper(cfg, generator, clip_model, transform, rng=rng)
+        of_w = ipl.prompt_directions(cfg, clip_model, mapper)
+    elif method == "nada":
+        of_w = ipl.label_direction(cfg, clip_model)
+    else:
+        of_z = getattr(oracle, method)
+        adapted, _ = ipl.adapt_generator(
+            cfg, generator, clip_model, transform, lambda w: of_z(latest), rng=rng, draw_z=draw_z
+        )
+        return adapted, of_z
+    adapted, _ = ipl.adapt_generator(cfg, generator, clip_model, transform, of_w, rng=rng)
+    return adapted, lambda z: of_w(generator.mapping(z))
+
+
+# ----------------------------------------------------------------------------
+# Reporting
+
+
+def interval(values):
+    """Mean and half the 95% interval of Student's t (nan for a single value)."""
+    x = torch.tensor(values, dtype=torch.float64)
+    if len(x) == 1:
+        return x.item(), math.nan
+    t = STUDENT[min(len(x) - 1, len(STUDENT)) - 1]
+    return x.mean().item(), (t * x.std() / len(x) ** 0.5).item()
+
+
+def shown(values):
+    mean, half = interval(values)
+    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+
+
+def table(rows, cfg):
+    """Markdown of all results: rows[target, method, seed] and rows[target, "truth", None]."""
+    lines = [f"{cfg.n} pictures from latents of seed {cfg.latents}; seeds {cfg.seeds}.", ""]
+    for target in cfg.targets:
+        lines += [f"### {target}", "", "| direction | " + " | ".join(SHOWN) + " |"]
+        lines += ["| --- |" + " --- |" * len(SHOWN)]
+        kinds = {m: [rows[target, m, s] for s in cfg.seeds] for m in cfg.methods}
+        kinds |= {name: [rows[target, name, None]] for name in ("source", "truth")}
+        for name, found in kinds.items():
+            cells = [shown([r[k] for r in found]) if k in found[0] else "" for k in SHOWN]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        if {"ipl", "nada"} <= set(cfg.methods):
+            pairs = list(zip(kinds["ipl"], kinds["nada"], strict=True))
+            cells = [shown([a[k] - b[k] for a, b in pairs]) for k in SHOWN]
+            lines.append("| ipl − nada | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(strips, cfg, path):
+    """Rows for each target: source, the methods of the first seed, truth."""
+    rows = [torch.cat(list(x), dim=-1) for target in cfg.targets for x in strips[target]]
+    grid = ((torch.cat(rows, dim=-2) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    ipl.save_picture(grid, path)
+
+
+def write_json(path, value):
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(aside, path)
 
 
 @torch.no_grad()
-def figures(judge, images, persons, identities, domains):
-    """One row of the table, {name: share}.
-
-    images [n, 3, 64, 64] should show these n persons; identities [n, d]: who they are, from
-    judge.identity of their true portraits; domains: the two whose shares are wanted.
-    """
-    out = judge(images)
-    domain = out["domain"].argmax(1)
-    right = [(out[k].argmax(1) == persons.category(k)).float() for k in faces.CATEGORIES]
-    nearest = (judge.identity(images) @ identities.T).argmax(1)
-    shares = {d: (domain == faces.DOMAINS.index(d)).float().mean() for d in domains}
-    shares["attributes"] = torch.stack(right).mean()
-    shares["identity"] = (nearest == torch.arange(len(images))).float().mean()
-    return {k: x.item() for k, x in shares.items()}
-
-
-@torch.no_grad()
-def main(cfg):
-    """Print the table: the source generator's pictures, the adapted one's, and the truth."""
+def read_run(cfg):
+    """The table of one finished run of ipl.py."""
     settings = json.loads((cfg.run / "config.json").read_text())
-    domains = settings["source"], settings["target"]
-    source, adapted = load_generator(GENERATOR), load_generator(cfg.run / "generator.pt")
-    judge = load_judge()
-
-    z = torch.randn(cfg.n, source.z_dim, generator=torch.Generator().manual_seed(cfg.seed))
-    persons, w = faces.persons_from_z(z), source.mapping(z)
-    truth = [faces.render(persons, faces.styles_of(domain, cfg.n)) for domain in domains]
-    identities = judge.identity(truth[0])
-    rows = {
-        f"{domains[0]}, generated": torch.cat([source.synthesis(part) for part in w.split(64)]),
-        f"{domains[1]}, adapted": torch.cat([adapted.synthesis(part) for part in w.split(64)]),
-        f"{domains[0]}, true": truth[0],
-        f"{domains[1]}, true": truth[1],
+    truth = Truth(cfg.n, cfg.latents, load_judge(), load_generator(GENERATOR), settings["source"])
+    pictures = {
+        "source": truth.generated,
+        "adapted": truth.pictures(load_generator(cfg.run / "generator.pt")),
+        "truth": truth.draw(settings["target"]),
     }
-    print(f"{cfg.n} pictures, seed {cfg.seed}, {cfg.run}")
-    for i, (name, images) in enumerate(rows.items()):
-        row = figures(judge, images.clamp(-1, 1), persons, identities, domains)
+    print(f"{cfg.n} pictures, latents of seed {cfg.latents}, {cfg.run}")
+    for i, (name, images) in enumerate(pictures.items()):
+        figures = truth.figures(images, settings["target"])
+        columns = ["target", "source", *(k for k in SHOWN[1:] if k in figures)]
         if i == 0:
-            print(" ".join([" " * 22, *(f"{k:>12}" for k in row)]))
-        print(" ".join([f"{name:22}", *(f"{x:12.3f}" for x in row.values())]))
+            print(" " * 8, *(f"{k:>10}" for k in columns))
+        print(f"{name:8}", *(f"{figures[k]:10.3f}" for k in columns))
+
+
+def main(cfg):
+    for name, known in (("targets", faces.DOMAINS[1:]), ("methods", METHODS)):
+        if unknown := [x for x in getattr(cfg, name) if x not in known]:
+            raise SystemExit(f"evaluate: --{name} {', '.join(unknown)}; wanted: {', '.join(known)}")
+    if cfg.run:
+        return read_run(cfg)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    generator = load_generator(GENERATOR).requires_grad_(False)
+    clip_model, transform = ipl.load_clip(CLIP)
+    with torch.no_grad():
+        truth = Truth(cfg.n, cfg.latents, load_judge(), generator)
+    rows, strips = {}, {}
+    jobs = [(t, m, s) for t in cfg.targets for s in cfg.seeds for m in cfg.methods]
+    bar = tqdm(total=len(jobs), desc="evaluate", disable=None)
+    for target in cfg.targets:
+        with torch.no_grad():
+            oracle = Oracle(clip_model, transform, target)
+            true, step = truth.draw(target), oracle.own(truth.z)
+            rows[target, "source", None] = truth.figures(truth.generated, target)
+            rows[target, "truth", None] = truth.figures(true, target)
+        strips[target] = [truth.generated[:10]]
+        for seed in cfg.seeds:
+            for method in cfg.methods:
+                name = f"{target}-{method}-{seed}".replace(" ", "-")
+                row_path, strip_path = cfg.out / f"{name}.json", cfg.out / f"{name}.pt"
+                if not row_path.exists():
+                    adapted, of_z = train(
+                        target, method, seed, generator, clip_model, transform, oracle
+                    )
+                    with torch.no_grad():
+                        images = truth.pictures(adapted)
+                        row = truth.figures(images, target)
+                        row["cosine"] = F.cosine_similarity(of_z(truth.z), step).mean().item()
+                    torch.save(images[:10].clone(), strip_path)
+                    write_json(row_path, row)
+                rows[target, method, seed] = json.loads(row_path.read_text())
+                if seed == cfg.seeds[0]:
+                    strips[target].append(torch.load(strip_path, weights_only=True))
+                bar.update()
+        strips[target].append(true[:10])
+    (cfg.out / "table.md").write_text(table(rows, cfg))
+    flat = [{"target": t, "method": m, "seed": s, **row} for (t, m, s), row in rows.items()]
+    write_json(cfg.out / "table.json", flat)
+    picture(strips, cfg, cfg.out / "pictures.png")
+    print(table(rows, cfg))
 
 
 if __name__ == "__main__":

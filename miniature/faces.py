@@ -25,7 +25,7 @@ import torch.nn.functional as F
 # Persons
 
 DOMAINS = ("photo", "anime", "sketch", "pixel art", "watercolor", "ukiyo-e", "zombie", "elderly",
-           "monster")
+           "monster", "negative")
 CUES = ("eyes", "colors", "shading", "lines", "background", "texture")
 CATEGORIES = {  # factor: (names, probabilities)
     "skin": (("pale", "light", "tan", "brown", "dark"), (0.2, 0.2, 0.2, 0.2, 0.2)),
@@ -113,14 +113,18 @@ def styles_of(domain, n):
 # Palettes (RGB in percent, in the order of the factor's names; hats are of CLOTH too) and tables
 
 SKIN = ((97, 85, 77), (93, 74, 60), (80, 58, 41), (60, 39, 26), (38, 24, 17))
+# What a monster makes of each skin (skin, eyes, horns) and of each hair.
 MONSTER_SKIN = ((45, 80, 30), (25, 62, 85), (66, 35, 80), (85, 22, 20), (95, 55, 12))
+MONSTER_EYES = ((98, 85, 15), (92, 18, 12), (94, 96, 98), (45, 92, 30), (25, 85, 95))
+MONSTER_HORNS = ((25, 7), (10, 2), (36, 10), (27, -12), (16, 20))  # place and slant, in percent
+MONSTER_HAIR = ((86, 88, 92), (18, 66, 30), (58, 20, 74), (25, 45, 90), (90, 36, 10), (90, 80, 22))
 HAIR = ((11, 10, 12), (38, 23, 13), (78, 29, 10), (90, 74, 34), (70, 70, 72), (20, 33, 82))
 CLOTH = ((78, 15, 15), (16, 52, 25), (18, 30, 74), (92, 76, 22), (93, 93, 93), (15, 15, 18))
 BACKDROP = ((45, 62, 82), (85, 58, 68), (47, 70, 50), (85, 76, 45), (62, 50, 78), (66, 67, 70))
 
 
 def _table(text):
-    """The columns' names of a cue, and its values [9, columns], one row per domain."""
+    """The columns' names of a cue, and its values [10, columns], one row per domain."""
     header, *rows = text.strip().splitlines()
     values = [  # float() fails on a row that is out of the order of DOMAINS
         [float(v) for v in row.removeprefix(domain).split()]
@@ -129,30 +133,32 @@ def _table(text):
     return header.split(), torch.tensor(values)
 
 
-# iris: its radius. pupil: its share of the iris. red, yellow: the iris's colour.
+# iris: its radius. pupil: its share of the iris. red, monster: the iris.
 EYES = _table("""
-            half_width  half_height  iris   pupil  highlight  red  yellow  lashes
-photo       0.085       0.052        0.045  0.55   0.35       0    0       0.3
-anime       0.135       0.150        0.105  0.50   1.00       0    0       1.0
-sketch      0.085       0.055        0.042  0.95   0.30       0    0       0.8
-pixel art   0.095       0.095        0.080  0.99   0.00       0    0       0.5
-watercolor  0.088       0.060        0.055  0.60   0.20       0    0       0.2
-ukiyo-e     0.105       0.026        0.026  0.95   0.00       0    0       1.0
-zombie      0.100       0.080        0.042  0.35   0.00       1    0       0.0
-elderly     0.072       0.030        0.034  0.60   0.10       0    0       0.0
-monster     0.100       0.078        0.068  0.30   0.00       0    1       0.6""")
+            half_width  half_height  iris   pupil  highlight  red  monster lashes  negative
+photo       0.085       0.052        0.045  0.55   0.35       0    0       0.3     0
+anime       0.135       0.150        0.105  0.50   1.00       0    0       1.0     0
+sketch      0.085       0.055        0.042  0.95   0.30       0    0       0.8     0
+pixel art   0.095       0.095        0.080  0.99   0.00       0    0       0.5     0
+watercolor  0.088       0.060        0.055  0.60   0.20       0    0       0.2     0
+ukiyo-e     0.105       0.026        0.026  0.95   0.00       0    0       1.0     0
+zombie      0.100       0.080        0.042  0.35   0.00       1    0       0.0     0
+elderly     0.072       0.030        0.034  0.60   0.10       0    0       0.0     0
+monster     0.100       0.078        0.068  0.30   0.00       0    1       0.6     0
+negative    0.085       0.052        0.045  0.70   0.35       0    0       0.3     1""")
 # paper: share of white paper. print: share of two-tone printing ink. The rest: who is who.
 COLORS = _table("""
-            saturation  contrast  brightness  paper  print  zombie  grey_hair  monster
-photo       0.95        1.0        0.00       0.00   0.0    0       0          0
-anime       1.40        1.1        0.06       0.00   0.0    0       0          0
-sketch      0.12        1.0        0.08       0.50   0.0    0       0          0
-pixel art   1.25        1.2        0.00       0.00   0.0    0       0          0
-watercolor  0.90        0.8        0.04       0.30   0.0    0       0          0
-ukiyo-e     0.60        0.8        0.00       0.00   0.5    0       0          0
-zombie      0.65        0.9       -0.06       0.00   0.0    1       0          0
-elderly     0.85        1.0        0.00       0.00   0.0    0       1          0
-monster     1.10        1.0        0.00       0.00   0.0    0       0          1""")
+            saturation  contrast  brightness  paper  print  zombie  grey_hair  monster  negative
+photo       0.95        1.0        0.00       0.00   0.0    0       0          0        0
+anime       1.40        1.1        0.06       0.00   0.0    0       0          0        0
+sketch      0.12        1.0        0.08       0.50   0.0    0       0          0        0
+pixel art   1.25        1.2        0.00       0.00   0.0    0       0          0        0
+watercolor  0.90        0.8        0.04       0.30   0.0    0       0          0        0
+ukiyo-e     0.60        0.8        0.00       0.00   0.5    0       0          0        0
+zombie      0.65        0.9       -0.06       0.00   0.0    1       0          0        0
+elderly     0.85        1.0        0.00       0.00   0.0    0       1          0        0
+monster     1.10        1.0        0.00       0.00   0.0    0       0          1        0
+negative    0.95        1.0        0.00       0.00   0.0    0       0          0        1""")
 # smooth, cel: how bodies are lit. sockets: shadows around the eyes. strands, gloss: of the hair.
 SHADING = _table("""
             smooth  cel  hatch  sockets  strands  gloss  blush
@@ -164,7 +170,8 @@ watercolor  0.4     0.0  0.0    0.05     0.3      0.0    1.2
 ukiyo-e     0.0     0.0  0.0    0.00     0.5      0.0    0.0
 zombie      1.4     0.0  0.0    0.75     1.0      0.0    0.0
 elderly     1.3     0.0  0.0    0.60     1.3      0.0    0.0
-monster     1.2     0.0  0.0    0.30     0.8      0.0    0.0""")
+monster     1.2     0.0  0.0    0.30     0.8      0.0    0.0
+negative    -1.0    0.0  0.0    0.00     -1.0     0.0    0.0""")
 # red, green, blue: the ink. The rest: marks that are drawn. horns: and fangs.
 LINES = _table("""
             width  opacity  red   green  blue  scars  wrinkles  horns
@@ -176,19 +183,22 @@ watercolor  0.036  0.55     0.35  0.25   0.30  0      0         0
 ukiyo-e     0.034  1.00     0.14  0.16   0.36  0      0         0
 zombie      0.000  0.00     0.10  0.10   0.10  1      0         0
 elderly     0.000  0.00     0.10  0.10   0.10  0      1         0
-monster     0.000  0.00     0.10  0.10   0.10  0      0         1""")
+monster     0.000  0.00     0.10  0.10   0.10  0      0         1
+negative    0.030  0.50     0.90  0.93   0.95  0      0         0""")
 # bands: of a woodblock print. rays: speed lines. torn: a ragged margin of bare paper.
+# swap: share of another colour of the palette.
 BACKGROUND = _table("""
-            vignette  lighten  paper  bands  rays  darken  torn
-photo       1.0       0.00     0.0    0.0    0.0   0.00    0.0
-anime       0.0       0.32     0.0    0.0    1.0   0.00    0.0
-sketch      0.0       0.00     0.8    0.0    0.0   0.00    0.0
-pixel art   0.0       0.15     0.0    0.0    0.0   0.00    0.0
-watercolor  0.0       0.20     0.2    0.0    0.0   0.00    1.0
-ukiyo-e     0.0       0.00     0.0    1.0    0.0   0.00    0.0
-zombie      1.4       0.00     0.0    0.0    0.0   0.28    0.0
-elderly     0.6       0.08     0.1    0.0    0.0   0.00    0.0
-monster     1.6       0.00     0.0    0.0    0.0   0.12    0.0""")
+            vignette  lighten  paper  bands  rays  darken  torn  negative  swap
+photo       1.0       0.00     0.0    0.0    0.0   0.00    0.0   0         0
+anime       0.0       0.32     0.0    0.0    1.0   0.00    0.0   0         0
+sketch      0.0       0.00     0.8    0.0    0.0   0.00    0.0   0         0
+pixel art   0.0       0.15     0.0    0.0    0.0   0.00    0.0   0         0
+watercolor  0.0       0.20     0.2    0.0    0.0   0.00    1.0   0         0
+ukiyo-e     0.0       0.00     0.0    1.0    0.0   0.00    0.0   0         0
+zombie      1.4       0.00     0.0    0.0    0.0   0.28    0.0   0         0
+elderly     0.6       0.08     0.1    0.0    0.0   0.00    0.0   0         0
+monster     1.6       0.00     0.0    0.0    0.0   0.12    0.0   0         0.85
+negative    1.0       0.00     0.0    0.0    0.0   0.00    0.0   1         0""")
 # pixels: coarse ones of few colours. wood: the grain of a print's block.
 TEXTURE = _table("""
             grain  pixels  blotches  wood  blur
@@ -200,7 +210,8 @@ watercolor  0.008  0.0     0.9       0.0   0.3
 ukiyo-e     0.006  0.0     0.0       0.6   0.0
 zombie      0.025  0.0     0.2       0.0   0.2
 elderly     0.006  0.0     0.0       0.0   0.6
-monster     0.010  0.0     0.2       0.0   0.2""")
+monster     0.010  0.0     0.2       0.0   0.2
+negative    0.012  0.0     0.0       0.0   0.5""")
 TABLES = (EYES, COLORS, SHADING, LINES, BACKGROUND, TEXTURE)  # in the order of CUES
 
 
@@ -266,13 +277,14 @@ def _luminance(color):
 
 
 def _recolor(color, cue):
-    """A colour as the colors cue shows it, by the first five columns of COLORS."""
+    """A colour as the colors cue shows it, by those columns of COLORS that fit every colour."""
     gray = _luminance(color)
     color = gray + (color - gray) * cue.saturation
     color = (color - 0.5) * cue.contrast + 0.5 + cue.brightness
     color = _toward(color, (98, 96, 92), cue.paper)
     ink = torch.lerp(_rgb(color, (20, 22, 38)), _rgb(color, (93, 82, 62)), gray)
-    return torch.lerp(color, ink, cue.print).clamp(0, 1)
+    color = torch.lerp(color, ink, cue.print).clamp(0, 1)
+    return torch.lerp(color, 1 - color, cue.negative)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -319,6 +331,7 @@ class _Scene:
         self.lip = _recolor(_toward(skin, (75, 25, 25), 0.55), cue)
         self.lip = torch.lerp(self.lip, self.skin * 0.55, cue.zombie + cue.monster)
         self.hair = _recolor(self.palette(HAIR, "hair_color"), cue)
+        self.hair = torch.lerp(self.hair, self.palette(MONSTER_HAIR, "hair_color"), cue.monster)
         self.hair = _toward(self.hair, (84, 84, 86), 0.88 * cue.grey_hair)
         self.dark, self.white = self.dye(10, 8, 9), _rgb(skin, (97, 97, 96))
 
@@ -407,7 +420,9 @@ def render(persons, styles, size=64, rng=None):
 def _wall(s):
     """The background [B, 3, H, W]: the person's colour, altered by the cue."""
     x, y, cue = s.x, s.y, s.background
-    wall = _toward(s.palette(BACKDROP, "background"), (100, 100, 100), cue.lighten)
+    swapped = s.palette(BACKDROP[3:] + BACKDROP[:3], "background")
+    wall = torch.lerp(s.palette(BACKDROP, "background"), swapped, cue.swap)
+    wall = _toward(wall, (100, 100, 100), cue.lighten)
     wall = _toward(wall, (95, 93, 89), cue.paper)
     wall = _toward(wall, (90, 80, 62), 0.55 * cue.bands) * (1 - cue.darken)
     wall = wall * (1 + cue.vignette * (0.06 - 0.16 * (x.square() + (y + 0.1).square())))
@@ -415,7 +430,8 @@ def _wall(s):
     bands = torch.sin(9 * y + 1.5 * torch.sin(3 * x) + 4 * s.proportion("hair_length"))
     wall = wall * (1 + cue.bands * 0.07 * (bands * 6).clamp(-1, 1))
     rays = torch.sin(torch.atan2(y - 0.1, x) * 12)
-    return (wall + cue.rays * 0.035 * (rays * 5).clamp(-1, 1)).clamp(0, 1)
+    wall = (wall + cue.rays * 0.035 * (rays * 5).clamp(-1, 1)).clamp(0, 1)
+    return torch.lerp(wall, 1 - wall, cue.negative)
 
 
 def _back_hair(canvas, s):
@@ -499,13 +515,15 @@ def _eyes(canvas, s):
     y = s.hy + 0.03 - 0.03 * big
     brow_y = -0.17 - 0.03 * s.proportion("brow") - 0.05 * big
     iris = _toward(s.dye(22, 36, 55), (85, 12, 8), cue.red)
-    iris = _toward(iris, (98, 85, 15), cue.yellow)
-    eyeball = torch.lerp(s.white, iris, cue.yellow * 0.75)
+    iris = torch.lerp(iris, s.palette(MONSTER_EYES, "skin"), cue.monster)
+    eyeball = torch.lerp(s.white, iris, cue.monster * 0.75)
+    eyeball = _toward(eyeball, (8, 9, 10), cue.negative)
     iris = iris * (0.75 + 0.7 * (y / height.clamp_min(0.03)).clamp(-0.5, 0.8) * big)
     lid = torch.lerp(s.skin * 0.45, s.dark, cue.lashes)
     hair = torch.lerp(s.hair * 0.75, s.skin * 0.6, 0.25)
     pupil = r * cue.pupil
-    slit = pupil * (1 - 0.6 * cue.yellow), pupil * (1 + 0.5 * cue.yellow)
+    slit = pupil * (1 - 0.6 * cue.monster), pupil * (1 + 0.5 * cue.monster)
+    black = _toward(s.dark, (92, 93, 95), cue.negative)
     for side in (-1, 1):
         x = s.fx - side * s.eye_x
         gaze = x - 0.018 * s.turn
@@ -515,7 +533,7 @@ def _eyes(canvas, s):
         canvas.fill(eyeball, eye)
         disc = _ellipse(gaze, y, r * (0.9 - 0.05 * big), r * (1 + 0.12 * big))
         canvas.fill(iris, _overlap(disc, eye))
-        canvas.fill(s.dark, _overlap(_ellipse(gaze, y, *slit), eye))
+        canvas.fill(black, _overlap(_ellipse(gaze, y, *slit), eye))
         large = _ellipse(gaze + 0.35 * r, y + 0.4 * r, r * 0.34, r * 0.40)
         small = _ellipse(gaze - 0.35 * r, y - 0.45 * r, r * 0.18, r * 0.18)
         canvas.fill(s.white, _union(large, small), cue.highlight)
@@ -585,8 +603,8 @@ def _front_hair(canvas, s):
 
 
 def _horns(canvas, s):
-    y = s.hy + 0.62
-    horns = _stroke(s.hx.abs() - 0.25, y, 0.0, 0.18, 0.07, -0.13, 0.070)
+    y, (place, slant) = s.hy + 0.62, s.palette(MONSTER_HORNS, "skin").split(1, dim=1)
+    horns = _stroke(s.hx.abs() - place, y, 0.0, 0.18, slant, -0.13, 0.070)
     horns = horns + 0.20 * (0.05 - y).clamp(-0.2, 0.28)  # pointed
     color = _rgb(y, (93, 88, 74)) * (0.8 + 0.125 * torch.sin(30 * y))
     canvas.fill(color, horns, s.lines.horns)
