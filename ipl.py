@@ -641,8 +641,11 @@ def save_picture(grid, path):
     write_whole(path, Image.fromarray(grid.numpy()).save)
 
 
-def save_curves(history, path):
-    """A panel for every number of the history: losses, gradient norms, |delta_image|."""
+def save_curves(history, path, floor=None):
+    """A panel for every number of the history: losses, gradient norms, |delta_image|.
+
+    floor: the loss of true pairs in stage 2; training below it follows CLIP, not the domain.
+    """
     from matplotlib.figure import Figure
 
     numbers = ((row["stage"], k) for row in history for k, x in row.items() if type(x) is float)
@@ -651,6 +654,9 @@ def save_curves(history, path):
     for axes, (stage, name) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.plot([row[name] for row in history if row["stage"] == stage])
         axes.set(title=f"stage {stage}: {name}", xlabel="step")
+        if floor is not None and (stage, name) == (2, "loss"):
+            axes.axhline(floor, color="black", linestyle="--", label="true pairs")
+            axes.legend()
     write_whole(path, figure.savefig)
 
 
@@ -688,6 +694,20 @@ def pick_device(name):
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r}; wanted: auto, cpu, cuda or cuda:<n>") from error
+
+
+@torch.no_grad()
+def floor_of_truth(cfg, generator, clip_model, transform, directions):
+    """Stage 2's loss of the true pairs, which the miniature alone has; else None."""
+    import miniature
+
+    source, target = cfg.source.strip(), cfg.target.strip()
+    pairs = None if cfg.generator else miniature.true_pairs(source, target)
+    if pairs is None:
+        return None
+    z, *images = (x.to(generator.w_avg.device) for x in pairs)
+    features = (clip_model.encode_image(transform(x)) for x in images)
+    return float(directional_loss(*features, directions(generator.mapping(z)), cfg.eps))
 
 
 def make_folder(folder):
@@ -778,7 +798,8 @@ def adapt(cfg):
     history += rest
     lines = "".join(json.dumps(record) + "\n" for record in history)
     write_whole(out / "history.jsonl", lambda file: file.write_text(lines))
-    save_curves(history, out / "curves.png")
+    floor = floor_of_truth(cfg, generator, clip_model, transform, directions)
+    save_curves(history, out / "curves.png", floor)
     psi = cfg.truncation_psi
     grid = sample_grid(generator, adapted, n=cfg.samples, seed=cfg.seed, truncation_psi=psi)
     save_picture(grid, out / "samples.png")

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+
+from miniature import faces
 from miniature.captions import LABELS, unknown_words
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -9,4 +12,16 @@ CLIP = WEIGHTS / "clip.pt"
 GENERATOR = WEIGHTS / "photo.pt"
 JUDGE = WEIGHTS / "judge.pt"
 
-__all__ = ["CLIP", "GENERATOR", "JUDGE", "LABELS", "WEIGHTS", "unknown_words"]
+__all__ = ["CLIP", "GENERATOR", "JUDGE", "LABELS", "WEIGHTS", "true_pairs", "unknown_words"]
+
+
+def true_pairs(source, target, n=64, seed=0):
+    """Latents z [n, W_DIM], and the true pictures [n, 3, 64, 64] of their persons in two domains.
+
+    None if a label is not the name of a domain: "photo with anime eyes" has no one truth.
+    """
+    if not {source, target} <= set(LABELS):
+        return None
+    z = torch.randn(n, faces.W_DIM, generator=torch.Generator().manual_seed(seed))
+    persons = faces.persons_from_z(z)
+    return z, *(faces.render(persons, faces.styles_of(d, n)) for d in (source, target))

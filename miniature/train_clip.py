@@ -39,7 +39,7 @@ EMBED, WIDTH, TEXT_WIDTH, TEXT_LAYERS, VOCABULARY = 128, 16, 128, 3, 49408
 class Config:
     pool: int = 16_000  # Persons, each rendered once as photo, in another domain, and mixed.
     small_steps: int = 2600  # Steps on 64 pixels.
-    large_steps: int = 6000  # Steps on 128 pixels.
+    large_steps: int = 4500  # Steps on 128 pixels.
     batch: int = 64  # Pictures a step.
     lr: float = 1.5e-3  # Peak rate on 64 pixels (0.6 of it on 128), cosine to 0 within each.
     epsilon: float = 5.0  # L2 radius of the attack, ramped in from 0.1 to 0.4 of the 128 px steps.

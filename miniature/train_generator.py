@@ -26,12 +26,12 @@ CROSSOVER = 5
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 2800  # Steps of the synthesis regression.
-    mapping_steps: int = 6000  # Steps of the mapping regression.
+    steps: int = 12_000  # Steps of the synthesis regression.
+    mapping_steps: int = 8000  # Steps of the mapping regression.
     batch: int = 12  # Photos a step.
     mapping_batch: int = 2048  # Latents a step.
     lr: float = 0.02  # Peak rate of the synthesis network, cosine to 0.
-    mapping_lr: float = 12.0  # Peak rate of the mapping network (its layers run at 0.01 of it).
+    mapping_lr: float = 8.0  # Peak rate of the mapping network (its layers run at 0.01 of it).
     seed: int = 0  # Of the weights and the batches.
     threads: int = 0  # CPU threads; 0 is torch's choice.
     out: Path = Path(__file__).parent / "weights" / "photo.pt"  # The generator.
@@ -98,7 +98,7 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
-    G = Generator(64, CHANNELS, faces.W_DIM, n_mlp=4)
+    G = Generator(64, CHANNELS, faces.W_DIM, n_mlp=8)
     G.w_avg.copy_(faces.persons_to_w(faces.sample_persons(100_000, rng)).mean(0))
     synthesis = [
         p

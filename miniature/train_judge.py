@@ -20,8 +20,8 @@ from miniature.judge import Judge
 
 @dataclass(frozen=True)
 class Config:
-    pool: int = 16_000  # Pictures rendered once, half of them mixtures.
-    steps: int = 1600  # Optimisation steps.
+    pool: int = 24_000  # Pictures rendered once, half of them mixtures.
+    steps: int = 3000  # Optimisation steps.
     batch: int = 64  # Pictures a step.
     lr: float = 1.5e-3  # Peak rate, cosine to 0.
     seed: int = 777  # Of the weights and the pictures; not the CLIP's.
