@@ -64,6 +64,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -605,8 +606,8 @@ def adapt_generator(
 
 def sample_latents(n, z_dim, seed):
     """z [n, z_dim], row after row from one seed: sample i is the same for every n."""
-    rng = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(z_dim, generator=rng) for _ in range(n)])
+    z = np.random.default_rng(seed).standard_normal((n, z_dim), dtype=np.float32)
+    return torch.from_numpy(z)
 
 
 @torch.no_grad()
@@ -674,6 +675,7 @@ def check(cfg):
         ("seed", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
         ("ema crop", lambda x: 0 <= x < 1, "0 or more, and below 1"),
         ("truncation_psi", math.isfinite, "finite"),
+        ("samples", lambda x: x <= 10_000, "at most 10000"),
     ):
         for name in names.split():
             value = getattr(cfg, name)
@@ -681,7 +683,7 @@ def check(cfg):
                 raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
     if not cfg.source.strip() or not cfg.target.strip():
         raise ValueError("--source or --target is empty; wanted: a domain in words, such as anime")
-    if cfg.source.split() == cfg.target.split():
+    if cfg.source.lower().split() == cfg.target.lower().split():  # CLIP reads lower case
         raise ValueError(f"--source and --target are both {cfg.target!r}; wanted: two domains")
     if cfg.noise == "fixed" and cfg.eps == 0:
         raise ValueError("--eps 0 with --noise fixed divides 0 by 0 at the first step; wanted: 0.1")
@@ -728,13 +730,13 @@ def load_frozen(cfg, path=None):
 
         path = miniature.GENERATOR
     if not Path(path).is_file():
-        raise ValueError(f"no generator at {path}; wanted: a StyleGAN2 checkpoint")
+        raise ValueError(f"no file {str(path)!r}; wanted: a StyleGAN2 checkpoint for --generator")
     return load_generator(path, pick_device(cfg.device)).requires_grad_(False).eval()
 
 
 def load_reader(cfg):
     """The run's CLIP and its transform, if it can read the run's texts."""
-    name = cfg.clip or "ViT-B/32"
+    name = "ViT-B/32" if cfg.clip is None else cfg.clip
     if cfg.clip is None and cfg.generator is None:
         import miniature
 
@@ -823,6 +825,7 @@ def sample(
     n: int = 16,
     seed: int = 1,
     truncation_psi: float | None = None,
+    device: str = "auto",
 ):
     """Draw new samples from a finished run: source row over target row of the same latents.
 
@@ -832,15 +835,17 @@ def sample(
         n: Number of samples; sample i is the same for every n.
         seed: Seed of the latents.
         truncation_psi: Truncation. None: that of the run.
+        device: auto, cpu, cuda or cuda:<n>.
     """
     with one_line_errors():
         if not (run / "generator.pt").is_file():
             raise ValueError(f"{run} is no finished run; wanted: a folder with a generator.pt")
-        if n < 1 or out.suffix != ".png":
-            raise ValueError(f"--n {n} --out {out}; wanted: --n 1 or more, --out a .png file")
+        if out.suffix != ".png" or out.is_dir():
+            raise ValueError(f"--out {out} is no name of a picture; wanted: a .png file")
         cfg = Config(**json.loads((run / "config.json").read_text()))
         psi = cfg.truncation_psi if truncation_psi is None else truncation_psi
-        check(replace(cfg, seed=seed, truncation_psi=psi))
+        cfg = replace(cfg, seed=seed, truncation_psi=psi, samples=n, device=device)
+        check(cfg)
         source, target = load_frozen(cfg), load_frozen(cfg, run / "generator.pt")
         make_folder(out.parent)
     save_picture(sample_grid(source, target, n=n, seed=seed, truncation_psi=psi), out)

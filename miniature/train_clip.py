@@ -275,8 +275,10 @@ class FactorHeads(torch.nn.Linear):
         parts = logits.split([captions.LOOKS[k] for k in captions.FACTORS], dim=1)
         pairs = zip(parts, looks.T, strict=True)
         losses = torch.stack([F.cross_entropy(x, y, reduction="none") for x, y in pairs], dim=1)
-        # Cues count less: what all pictures of a domain share comes of itself.
-        weight = torch.tensor([1.0] * len(faces.CATEGORIES) + [0.3] * len(faces.CUES))
+        # What all pictures of a domain share comes of itself; what changes from person to person
+        # does not.
+        weight = [2.0 if k in captions.ALTERED else 1.0 for k in faces.CATEGORIES]
+        weight = torch.tensor(weight + [0.1] * len(faces.CUES))
         weight = weight.expand_as(losses) if known is None else weight * known
         return (losses * weight).sum() / weight.sum()
 
@@ -444,7 +446,7 @@ def main(cfg):
         read = heads.loss(image_features, seen_looks), heads.loss(text_features, seen_looks, says)
         loss = loss + sum(read)
         if paired:
-            loss = loss + directional(image_features, text_features)
+            loss = loss + 3 * directional(image_features, text_features)
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -7,8 +7,7 @@ import torch
 
 import ipl
 import miniature
-from miniature import captions, faces
-from miniature.evaluate import figures
+from miniature import captions, evaluate, faces, inspect
 from miniature.judge import load_judge
 from stylegan2_ops import load_generator
 
@@ -108,6 +107,39 @@ def test_a_caption_does_not_fit_another_domain():
     assert captions.fits(same_person, styles, says).equal(torch.eye(2, dtype=torch.bool))
 
 
+def test_background_is_a_factor_of_persons_and_a_cue():
+    assert len(set(captions.FACTORS)) == len(captions.FACTORS) == 16
+    person, style = faces.sample_persons(1, rng()).categories[0], faces.styles_of("photo", 1)[0]
+    says = captions.write(person, style, random.Random(0), short=1.0).says
+    said = [factor for factor, spoken in zip(captions.FACTORS, says, strict=True) if spoken]
+    assert said == list(captions.STYLE)
+
+
+def test_a_shared_prompt_says_only_what_the_target_shows():
+    words, i = random.Random(0), captions.FACTORS.index("hair_color")
+    for c in faces.sample_persons(20, rng()).categories:
+        phrases, (photo, elderly) = captions.speak_of(c, "elderly", words)
+        assert phrases and not elderly[i]
+        assert sum(photo) - sum(elderly) == photo[i]
+
+
+def test_looks_are_what_is_drawn():
+    persons = faces.sample_persons(500, rng())
+    photo, negative, sketch = (
+        captions.looks(persons.categories, faces.styles_of(d, 500))
+        for d in ("photo", "negative", "sketch")
+    )
+    hat_color = captions.FACTORS.index("hat_color")
+    for i, factor in enumerate(faces.CATEGORIES):
+        if i != hat_color:  # not to be seen without a hat
+            assert photo[:, i].equal(persons.categories[:, i]), factor
+        drawn = [negative[:, i].equal(photo[:, i]), sketch[:, i].equal(photo[:, i])]
+        assert drawn == [factor not in faces.COLOR_FACTORS] * 2, factor
+    for i, factor in enumerate(captions.FACTORS):
+        assert negative[:, i].max() < captions.LOOKS[factor]
+        assert sketch[:, i].max() < captions.LOOKS[factor]
+
+
 def test_unknown_words_are_named_and_labels_are_known():
     assert captions.unknown_words("a purple cyberpunk photo") == ["cyberpunk"]
     for label in miniature.LABELS:
@@ -128,8 +160,8 @@ def test_the_generator_draws_the_person_of_its_latent(generator):
         return (10 * torch.log10(4 / error)).median()
 
     with torch.no_grad():
-        assert psnr(generator.synthesis(faces.persons_to_w(persons))) > 28
-        assert psnr(generator.synthesis(generator.mapping(z))) > 25
+        assert psnr(generator.synthesis(faces.persons_to_w(persons))) > 33
+        assert psnr(generator.synthesis(generator.mapping(z))) > 30
     assert sum(p.numel() for p in generator.parameters()) < 2_000_000
 
 
@@ -143,8 +175,8 @@ def test_clip_tells_the_domains_apart():
         with torch.no_grad():
             found = (clip_model.encode_image(transform(images)) @ labels.T).argmax(1)
         right.append((found == i).float().mean())
-        assert right[-1] > 0.75, domain
-    assert torch.stack(right).mean() > 0.9
+        assert right[-1] > 0.9, domain
+    assert torch.stack(right).mean() > 0.97
 
 
 @pytest.mark.parametrize("domain", faces.DOMAINS)
@@ -152,9 +184,12 @@ def test_the_judge_reads_true_pictures(judge, domain):
     persons = faces.sample_persons(64, rng(3))
     photos = faces.render(persons, faces.styles_of("photo", 64))
     images = faces.render(persons, faces.styles_of(domain, 64))
-    row = figures(judge, images, persons, judge.identity(photos), (domain,))
-    assert row[domain] > 0.95
-    assert row["attributes"] > 0.75
+    out = judge(images)
+    assert (out["domain"].argmax(1) == faces.DOMAINS.index(domain)).float().mean() > 0.95
+    read = [(out[k].argmax(1) == persons.category(k)).float() for k in faces.CATEGORIES]
+    assert torch.stack(read).mean() > 0.75
+    nearest = (judge.identity(images) @ judge.identity(photos).T).argmax(1)
+    assert (nearest == torch.arange(64)).float().mean() > 0.75
 
 
 def test_the_judge_is_not_fooled_by_blur_noise_and_tint(judge):
@@ -168,3 +203,81 @@ def test_the_judge_is_not_fooled_by_blur_noise_and_tint(judge):
     }
     for name, images in disturbed.items():
         assert (judge.domain_of(images) == 0).float().mean() > 0.9, name
+
+
+def test_the_judges_shares_follow_the_cues(judge):
+    persons = faces.sample_persons(64, rng(6))
+    shares = []
+    for cues in range(7):  # of anime, one after the other
+        styles = faces.styles_of("photo", 64)
+        styles[:, :cues] = faces.DOMAINS.index("anime")
+        out = judge(faces.render(persons, styles))["domain"].softmax(1)
+        shares.append(out[:, faces.DOMAINS.index("anime")].mean().item())
+    assert shares == sorted(shares)
+    assert max(abs(share - cues / 6) for cues, share in enumerate(shares)) < 0.15
+
+
+# ----------------------------------------------------------------------------
+# Evaluation
+
+
+def test_true_pairs_are_the_persons_of_their_latents():
+    z, photos, anime = miniature.true_pairs("photo", "anime", n=3)
+    persons = faces.persons_from_z(z)
+    assert photos.equal(faces.render(persons, faces.styles_of("photo", 3)))
+    assert anime.equal(faces.render(persons, faces.styles_of("anime", 3)))
+    assert miniature.true_pairs("photo", "photo with anime eyes") is None
+
+
+def test_frechet_distance_of_normal_distributions():
+    """|m|^2 + sum (s - t)^2 for axis-aligned normal distributions."""
+    x = torch.randn(200_000, 3, generator=rng(), dtype=torch.float64)
+    y = torch.tensor([1.0, 2.0, 0.5]) * torch.randn(200_000, 3, generator=rng(1)) + 2
+    assert evaluate.frechet(x, x) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet(x, y) == pytest.approx(3 * 4 + 1 + 0.25, rel=0.01)
+
+
+def test_inception_counts_the_classes():
+    sure = 50 * torch.eye(5)
+    assert evaluate.inception(sure) == pytest.approx(5, rel=1e-4)
+    assert evaluate.inception(sure[:1].repeat(4, 1)) == pytest.approx(1, rel=1e-4)
+
+
+def test_interval_is_students():
+    mean, half = evaluate.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3 and half == pytest.approx(1.963, abs=0.01)
+
+
+def test_truth_is_the_ceiling_and_the_source_the_floor(judge, generator):
+    with torch.no_grad():
+        truth = evaluate.Truth(48, 1, judge, generator)
+        true = truth.figures(truth.draw("anime"), "anime")
+        source = truth.figures(truth.generated, "anime")
+    assert true["target"] > 0.95 and true["cues"] > 0.9 and true["diversity"] == 1
+    assert source["target"] < 0.05 and source["structure"] == 1 and source["identity"] > 0.9
+    assert true["frechet"] < source["frechet"] / 4
+
+
+def test_evaluate_goes_on_where_it_was(tmp_path, monkeypatch, generator):
+    short = dict(steps=1, batch=2, steps_mapper=1, batch_mapper=4)
+    monkeypatch.setattr(evaluate.ipl, "MINIATURE", evaluate.replace(ipl.MINIATURE, **short))
+    monkeypatch.setattr(evaluate, "PUBLISHED", {"residual": "published"})
+    cfg = evaluate.Config(targets=("anime",), seeds=(1, 2), out=tmp_path, n=16)
+    evaluate.main(cfg)
+    table = (tmp_path / "table.md").read_text()
+    for words in (*evaluate.METHODS, "ipl − nada", "truth", "±"):
+        assert words in table
+    monkeypatch.setattr(evaluate, "train", None)  # whatever is finished is not done again
+    evaluate.main(cfg)
+    assert (tmp_path / "table.md").read_text() == table
+    (tmp_path / "anime-nada-2.json").unlink()
+    with pytest.raises(TypeError):
+        evaluate.main(cfg)
+
+
+def test_inspect_knows_the_truth():
+    clip_model, transform = ipl.load_clip(miniature.CLIP)
+    row = inspect.row(clip_model, transform, faces.sample_persons(16, rng()), "anime")
+    assert 0 < row["room"] < 0.3 and 0 < row["floor"] < 0.5
+    assert row["NADA"] > 0.6 and row["caption"] > 0.6
+    assert max(row[cue] for cue in faces.CUES) < 0.9
