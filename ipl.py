@@ -124,6 +124,7 @@ class Config:
 # The miniature's networks are small and learn at other rates: its runs start from these values.
 MINIATURE = Config(
     residual="none",
+    lr_mapper=1.0,
     steps_mapper=120,
     lambda_domain=2.0,
     lambda_source=1.0,
