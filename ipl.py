@@ -49,7 +49,6 @@ Where it departs from the published code
  9. `--crop`, `--freeze` and `--layers all` are ours, and off by default.
 """
 
-import contextlib
 import copy
 import json
 import math
@@ -88,7 +87,7 @@ class Config:
     method: Literal["ipl", "nada"] = "ipl"
     out: str | None = None  # Run folder. None: runs/<source>-to-<target>, or ...-nada.
     overwrite: bool = False  # Replace a finished run.
-    seed: int = 0  # Of mapper, latents, noise, crops and samples; the same on every device.
+    seed: int = 0  # Of everything random; latents, crops and samples are those of any device.
     device: str = "auto"  # auto, cpu, cuda or cuda:<n>.
 
     n_ctx: int = 4  # Prompts: number of learned vectors, m.
@@ -113,7 +112,7 @@ class Config:
     layers: Literal["adaptive", "all"] = "adaptive"  # Stage 2: layers trained in each step.
     num_layers: int | None = None  # Adaptive choice: how many. None: two thirds.
     layer_batch: int = 8  # Adaptive choice: number of latents.
-    layer_lr: float = 0.01  # Adaptive choice: step size.
+    layer_lr: float = 0.01  # Adaptive choice: step size; of one step, it cannot change the choice.
     freeze: str = ""  # Stage 2: leave parameters with this in their name alone, e.g. noise.
     autocast: bool = False  # CLIP's image encoder in bfloat16.
 
@@ -123,21 +122,10 @@ class Config:
 
 # The miniature's networks are small and learn at other rates: its runs start from these values.
 MINIATURE = Config(
-    residual="none",
-    lr_mapper=1.0,
-    steps_mapper=120,
-    lambda_domain=2.0,
-    lambda_source=1.0,
-    lr=0.006,  # with batch and steps tried on one seed: longer runs drift into patterns
-    batch=8,
-    steps=200,
-    eps=0.1,
-    noise="fixed",
-    crop=0.15,
-    layers="all",
-    freeze="noise",
+    residual="none", lr_mapper=1.0, steps_mapper=120, lambda_domain=2.0, lambda_source=1.0,
+    lr=0.006, batch=8, steps=300, eps=0.1, noise="fixed", crop=0.15, layers="all", freeze="noise",
     truncation_psi=1.0,
-)
+)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------
 # 1. What we need of a generator
@@ -192,7 +180,8 @@ def load_clip(name_or_path, device="cpu"):
         else:
             with warnings.catch_warnings(action="ignore"):
                 state_dict = torch.load(name, map_location="cpu", weights_only=True)
-            clip_model = clip.model.build_model(state_dict)
+            clip_model = clip.model.build_model(state_dict).float()
+            clip_model.load_state_dict(state_dict)  # build_model has rounded it to float16
     except Exception as error:  # whatever a download or a foreign file can raise
         raise ValueError(
             f"CLIP {name!r} cannot be loaded ({type(error).__name__}); wanted: a file of tensors "
@@ -361,6 +350,18 @@ def residual_features(cfg, clip_model, stage):
     return encode_texts(clip_model, texts) * (cfg.residual != "none")
 
 
+def prompt_features(cfg, clip_model, mapper, stage):
+    """w -> the features [B, e] of source and target prompts, not normalised."""
+    residuals = residual_features(cfg, clip_model, stage)
+
+    def features_of(w):
+        ctx = mapper(w)  # [B, n_ctx, d]
+        prompts = [encode_prompts(clip_model, ctx, label) for label in (cfg.source, cfg.target)]
+        return prompts[0] + residuals[0], prompts[1] + residuals[1]
+
+    return features_of
+
+
 # ----------------------------------------------------------------------------------------------
 # 5. Losses: a function for each equation, on features [B, e] of any scale
 
@@ -444,14 +445,21 @@ def progress(steps, name):
 
 
 def log_step(bar, history, stage, step, loss, parameters, **more):
-    """Adds a row to the history. Tensors stay on their device; every tenth step looks at them."""
+    """Adds a row to the history. Tensors stay on their device; every tenth step looks at them.
+
+    Raises FloatingPointError if the loss or its gradient is not finite.
+    """
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     row = {"stage": stage, "step": step, "loss": loss, **more, "grad_norm": grad_norm}
     row = {k: x.detach() if torch.is_tensor(x) else x for k, x in row.items()}
     history.append(row)
-    if step % 10 == 0:
-        if not row["loss"].isfinite():
-            raise FloatingPointError(f"stage {stage}, step {step}: the loss is {row['loss']:f}")
+    if step % 10 == 0 or step + 1 == len(bar):
+        for name in ("loss", "grad_norm"):
+            if not row[name].isfinite():
+                raise FloatingPointError(
+                    f"stage {stage}, step {step}: {name} is {row[name]:f}; wanted: a smaller rate "
+                    f"({'--lr-mapper' if stage == 1 else '--lr'})"
+                )
         if not getattr(bar, "disable", True):
             shown = ("loss", "contrastive", "domain", "delta_image")
             bar.set_postfix({k: f"{row[k]:.3f}" for k in shown if k in row})
@@ -475,7 +483,7 @@ def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, dra
     logit_scale = clip_model.logit_scale.exp()
     label_source = label_features(clip_model, cfg.source)
     label_target = label_features(clip_model, cfg.target)
-    residual_source, residual_target = residual_features(cfg, clip_model, stage=1)
+    features_of = prompt_features(cfg, clip_model, mapper, stage=1)
 
     optimizer = torch.optim.Adam(mapper.parameters(), lr=cfg.lr_mapper)
     history = []
@@ -483,10 +491,7 @@ def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, dra
         w = draw_w(cfg.batch_mapper)
         with torch.no_grad():
             image_features = E_I(generator.synthesis(w, rng=noise))
-        ctx = mapper(w)  # [B, n_ctx, d]
-        t_source = encode_prompts(clip_model, ctx, cfg.source) + residual_source
-        t_target = encode_prompts(clip_model, ctx, cfg.target) + residual_target
-
+        t_source, t_target = features_of(w)
         contrastive = contrastive_loss(image_features, t_source, logit_scale)
         domain = domain_loss(t_target, label_target)
         domain_source = domain_loss(t_source, label_source)
@@ -506,16 +511,8 @@ def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, dra
 
 def prompt_directions(cfg, clip_model, mapper):
     """IPL: w -> delta_text [B, e], from each image's source prompt to its target prompt."""
-    residual_source, residual_target = residual_features(cfg, clip_model, stage=2)
-
-    @torch.no_grad()
-    def directions(w):
-        ctx = mapper(w)
-        t_source = encode_prompts(clip_model, ctx, cfg.source) + residual_source
-        t_target = encode_prompts(clip_model, ctx, cfg.target) + residual_target
-        return feature_delta(t_source, t_target)
-
-    return directions
+    features_of = prompt_features(cfg, clip_model, mapper, stage=2)
+    return torch.no_grad()(lambda w: feature_delta(*features_of(w)))
 
 
 def label_direction(cfg, clip_model):
@@ -694,6 +691,8 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if not name.startswith(("cpu", "cuda")):
+            raise AssertionError
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r}; wanted: auto, cpu, cuda or cuda:<n>") from error
@@ -702,10 +701,11 @@ def pick_device(name):
 @torch.no_grad()
 def floor_of_truth(cfg, generator, clip_model, transform, directions):
     """Stage 2's loss of the true pairs, which the miniature alone has; else None."""
+    if cfg.generator:
+        return None
     import miniature
 
-    source, target = cfg.source.strip(), cfg.target.strip()
-    pairs = None if cfg.generator else miniature.true_pairs(source, target)
+    pairs = miniature.true_pairs(cfg.source.strip(), cfg.target.strip())
     if pairs is None:
         return None
     z, *images = (x.to(generator.w_avg.device) for x in pairs)
@@ -732,7 +732,7 @@ def load_frozen(cfg, path=None):
         path = miniature.GENERATOR
     if not Path(path).is_file():
         raise ValueError(f"no file {str(path)!r}; wanted: a StyleGAN2 checkpoint for --generator")
-    return load_generator(path, pick_device(cfg.device)).requires_grad_(False).eval()
+    return load_generator(path, pick_device(cfg.device))
 
 
 def load_reader(cfg):
@@ -755,58 +755,64 @@ def load_reader(cfg):
     return clip_model, transform
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """Bad input ends in one line on stderr and exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        print("ipl.py: error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from error
+def check_layers(cfg, generator):
+    """That --num-layers and --freeze fit the generator, or a ValueError."""
+    names = [name for layer in generator.layers() for name, _ in layer.named_parameters()]
+    if cfg.num_layers and cfg.num_layers > generator.num_ws:
+        raise ValueError(f"--num-layers {cfg.num_layers}; wanted: at most {generator.num_ws}")
+    if cfg.freeze and not 0 < sum(cfg.freeze in name for name in names) < len(names):
+        known = ", ".join(sorted(set(names)))
+        raise ValueError(f"--freeze {cfg.freeze} must fit some of {known}, and not all")
 
 
 def adapt(cfg):
-    """The main job: from two words to a run folder."""
-    with one_line_errors():
-        check(cfg)
-        name = re.sub(r"\W+", "-", f"{cfg.source.strip()}-to-{cfg.target.strip()}".lower())
-        name += "-nada" * (cfg.method == "nada")
-        out = Path(cfg.out) if cfg.out else Path("runs") / name
-        if (out / "generator.pt").exists() and not cfg.overwrite:
-            raise ValueError(f"{out} is a finished run; wanted: another --out, or --overwrite")
-        clip_model, transform = load_reader(cfg)
-        generator = load_frozen(cfg)
-        make_folder(out)
+    """The main job: from two words to a run folder, of which nothing is touched before the end."""
     from safetensors.torch import save_file
 
     from stylegan2_ops import save_generator
 
-    for name in "generator.pt mapper.safetensors history.jsonl samples.png curves.png".split():
-        (out / name).unlink(missing_ok=True)
-    described = json.dumps(asdict(cfg), indent=2) + "\n"
-    write_whole(out / "config.json", lambda file: file.write_text(described))
+    check(cfg)
+    name = re.sub(r"\W+", "-", f"{cfg.source.strip()}-to-{cfg.target.strip()}".lower())
+    out = Path(cfg.out or f"runs/{name}{'-nada' * (cfg.method == 'nada')}")
+    files = "config.json mapper.safetensors generator.pt history.jsonl curves.png samples.png"
+    there = [name for name in files.split() if (out / name).exists()]
+    if folders := [name for name in there if (out / name).is_dir()]:
+        raise ValueError(f"{out / folders[0]} is a folder; wanted: another --out")
+    if there and not cfg.overwrite:
+        kind = "is a finished run" if "generator.pt" in there else f"has a {there[0]}"
+        raise ValueError(f"{out} {kind}; wanted: another --out, or --overwrite")
+    clip_model, transform = load_reader(cfg)
+    generator = load_frozen(cfg)
+    check_layers(cfg, generator)
+    make_folder(out)
 
     rng = torch.Generator().manual_seed(cfg.seed)
     start = time.perf_counter()
+    mapper, history, directions = None, [], label_direction(cfg, clip_model)
     if cfg.method == "ipl":
         mapper, history = train_mapper(cfg, generator, clip_model, transform, rng=rng)
-        write_whole(out / "mapper.safetensors", lambda file: save_file(mapper.state_dict(), file))
         directions = prompt_directions(cfg, clip_model, mapper)
-    else:
-        history, directions = [], label_direction(cfg, clip_model)
     between = time.perf_counter()
     adapted, rest = adapt_generator(cfg, generator, clip_model, transform, directions, rng=rng)
     end = time.perf_counter()
 
     history += rest
-    lines = "".join(json.dumps(record) + "\n" for record in history)
+    found = {k: str(Path(x).resolve()) for k in ("generator", "clip")
+             if (x := getattr(cfg, k)) and Path(x).is_file()}
+    described = json.dumps(asdict(replace(cfg, **found)), indent=2) + "\n"
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history)
+    (out / "mapper.safetensors").unlink(missing_ok=True)
+    if mapper:
+        write_whole(out / "mapper.safetensors", lambda file: save_file(mapper.state_dict(), file))
+    write_whole(out / "config.json", lambda file: file.write_text(described))
     write_whole(out / "history.jsonl", lambda file: file.write_text(lines))
+    save_generator(adapted, out / "generator.pt")
     floor = floor_of_truth(cfg, generator, clip_model, transform, directions)
     save_curves(history, out / "curves.png", floor)
     psi = cfg.truncation_psi
     grid = sample_grid(generator, adapted, n=cfg.samples, seed=cfg.seed, truncation_psi=psi)
     save_picture(grid, out / "samples.png")
-    write_whole(out / "generator.pt", lambda file: save_generator(adapted, file))
+
     given = [(name, getattr(cfg, name)) for name in ("source", "generator", "clip")]
     again = "python ipl.py" + "".join(f" --{name} {shlex.quote(x)}" for name, x in given if x)
     other = "ipl" if cfg.method == "nada" else "nada"
@@ -815,7 +821,7 @@ def adapt(cfg):
         f"stage 1 {between - start:.0f} s, stage 2 {end - between:.0f} s; next:\n"
         f"  python ipl.py sample --run {shlex.quote(str(out))} --n 16 --seed 1 --out grid.png\n"
         f"  {again} --target {shlex.quote(cfg.target)} --method {other}\n"
-        f"  {again} --target zombie\n"
+        f"  {again} --target {'sketch' if 'zombie' in cfg.target else 'zombie'}\n"
         "  python ipl.py --generator FILE --clip ViT-B/32 --target 'any words'"
     )
 
@@ -838,40 +844,44 @@ def sample(
         truncation_psi: Truncation. None: that of the run.
         device: auto, cpu, cuda or cuda:<n>.
     """
-    with one_line_errors():
-        if not (run / "generator.pt").is_file():
-            raise ValueError(f"{run} is no finished run; wanted: a folder with a generator.pt")
-        if out.suffix != ".png" or out.is_dir():
-            raise ValueError(f"--out {out} is no name of a picture; wanted: a .png file")
+    if not (run / "generator.pt").is_file():
+        raise ValueError(f"{run} is no finished run; wanted: a folder with a generator.pt")
+    if out.suffix != ".png" or out.is_dir():
+        raise ValueError(f"--out {out} is no name of a picture; wanted: a .png file")
+    try:
         cfg = Config(**json.loads((run / "config.json").read_text()))
         psi = cfg.truncation_psi if truncation_psi is None else truncation_psi
         cfg = replace(cfg, seed=seed, truncation_psi=psi, samples=n, device=device)
         check(cfg)
-        source, target = load_frozen(cfg), load_frozen(cfg, run / "generator.pt")
-        make_folder(out.parent)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run / 'config.json'}, or what was asked for: {error}") from error
+    source, target = load_frozen(cfg), load_frozen(cfg, run / "generator.pt")
+    make_folder(out.parent)
     save_picture(sample_grid(source, target, n=n, seed=seed, truncation_psi=psi), out)
     print(f"{out}: {cfg.source} above, {cfg.target} below, from the same latents")
 
 
 def main(argv=None):
+    """The command line. Bad input ends in one line on stderr and exit code 2."""
     import tyro
 
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["sample"]:
-        return tyro.cli(sample, args=argv[1:], prog="ipl.py sample")
     own = any(word.startswith("--generator") for word in argv)
     about = (
         "Adapt a generator to a new domain, from words alone. The defaults below are the miniature "
         "world's or, with --generator, the published ones. Afterwards: ipl.py sample --help."
     )
-    default = Config() if own else MINIATURE
-    adapt(tyro.cli(Config, args=argv, prog="ipl.py", description=about, default=default))
+    try:
+        if argv[:1] == ["sample"]:
+            return tyro.cli(sample, args=argv[1:], prog="ipl.py sample")
+        default = Config() if own else MINIATURE
+        adapt(tyro.cli(Config, args=argv, prog="ipl.py", description=about, default=default))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print("ipl.py: error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from error
+    except KeyboardInterrupt:
+        raise SystemExit("\nipl.py: stopped; the run is unfinished") from None
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nipl.py: stopped; the run is unfinished")
-    except FloatingPointError as error:
-        sys.exit(f"ipl.py: error: {error}")
+    main()

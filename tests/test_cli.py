@@ -141,7 +141,7 @@ def refused(capsys, *args):
 
 
 BAD = {
-    "no generator": (["--generator", "nowhere.pt"], "no generator at nowhere.pt"),
+    "no generator": (["--generator", "nowhere.pt"], "no file 'nowhere.pt'"),
     "no clip": (["--clip", "ViT-B/33"], "'ViT-B/33' is neither a file nor one of RN50"),
     "foreign generator": (["--generator", __file__], "test_cli.py"),
     "foreign clip": (["--clip", __file__], "cannot be loaded"),
@@ -201,6 +201,54 @@ def test_finished_run_is_refused(finished, capsys):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_files_of_others_are_left_alone(tmp_path, capsys):
+    (tmp_path / "samples.png").write_text("mine")
+    words = refused(capsys, *WORLD, *SHORT, "--out", str(tmp_path))
+    assert "has a samples.png; wanted: another --out, or --overwrite" in words
+    assert (tmp_path / "samples.png").read_text() == "mine"
+
+
+def test_a_run_that_diverges_says_so_and_spoils_nothing(finished, capsys):
+    _, run, _ = finished
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    args = "--lr 1e20 --method nada --noise fixed --eps 0.1 --layers all --steps 5".split()
+    with pytest.raises(SystemExit) as exit_:
+        ipl.main([*WORLD, *SHORT, *args, "--out", str(run), "--overwrite"])
+    words = capsys.readouterr().err
+    assert exit_.value.code == 1 and words.startswith("ipl.py: error: stage 2, step 4: ")
+    assert "wanted: a smaller rate (--lr)" in words and words.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("args", ["--freeze .", "--freeze nois3", "--num-layers 99"])
+def test_layers_that_are_not_there(tmp_path, capsys, args):
+    words = refused(capsys, *WORLD, *SHORT, *args.split(), "--out", str(tmp_path / "run"))
+    assert args in words and "wanted" in words or "must fit" in words
+    assert not (tmp_path / "run").exists()
+
+
+def test_main_job_on_the_miniature(tmp_path):
+    short = "--steps 1 --steps-mapper 1 --batch-mapper 4 --samples 2".split()
+    done = call(tmp_path, "--source", "photo", "--target", "anime", *short)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "photo-to-anime"
+    assert json.loads((run / "config.json").read_text())["residual"] == "none"
+    assert picture(run / "samples.png").size == (2 * 128, 2 * 128)
+    done = call(tmp_path, "sample", "--run", str(run), "--n", "1", "--out", "one.png")
+    assert done.returncode == 0, done.stderr
+    done = call(tmp_path, "--target", "anime cyberpunk")
+    assert done.returncode == 2 and "has never read cyberpunk" in done.stderr
+
+
+def test_a_run_opens_from_another_folder(tmp_path, monkeypatch):
+    shutil.copy(GOLDEN / "rosinality_tiny.pt", tmp_path / "g.pt")
+    shutil.copy(GOLDEN / "clip_tiny.pt", tmp_path / "c.pt")
+    monkeypatch.chdir(tmp_path)
+    ipl.main(["--generator", "g.pt", "--clip", "c.pt", *SHORT, "--method", "nada", "--out", "run"])
+    monkeypatch.chdir("/")
+    ipl.main(["sample", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "grid.png")])
+
+
 def test_unwritable_out(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     words = refused(capsys, *WORLD, *SHORT, "--out", str(tmp_path / "file" / "run"))
@@ -219,8 +267,8 @@ def test_parse_errors_exit_with_2(capsys):
     "args, words",
     [
         ("--run nowhere", "nowhere is no finished run"),
-        ("--run {run} --n 0", "wanted: --n 1 or more"),
-        ("--run {run} --out grid.jpeg", "--out a .png file"),
+        ("--run {run} --n 0", "--samples must be at least 1"),
+        ("--run {run} --out grid.jpeg", "a .png file"),
         ("--run {run} --seed -1", "--seed must be 0 or more"),
         ("--run {run} --out {run}/config.json/grid.png", "cannot write into"),
     ],
@@ -236,7 +284,7 @@ def test_sample_of_a_broken_config(finished, capsys, tmp_path):
     shutil.copytree(finished[1], run)
     for text in ("{", "[]", '{"colour": 1}'):
         (run / "config.json").write_text(text)
-        refused(capsys, "sample", "--run", str(run))
+        assert "config.json" in refused(capsys, "sample", "--run", str(run))
 
 
 # ----------------------------------------------------------------------------------------------

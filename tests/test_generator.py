@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ipl
 from stylegan2_ops import Generator, load_generator
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,7 +24,7 @@ def assert_golden(actual, expected):
 
 
 def truncate(w, psi):
-    return IO["mean_latent"] + psi * (w - IO["mean_latent"])
+    return ipl.truncate(w, IO["mean_latent"], psi)
 
 
 # ----------------------------------------------------------------------------------------------
