@@ -14,7 +14,7 @@ A generator of one domain ("photo") learns another ("anime") from the two words 
 Axes: B batch, m = n_ctx prompt vectors, d CLIP's text width, e CLIP's joint width, L tokens,
 R resolution, W = num_ws, the number of w inputs of the synthesis network.
 
-  equation                                             function            notebook
+  equation                                             function            notebook (to come)
   P = F(w)                                             LatentMapper        01_mapper
   t = E_T([SOS] P label [EOT])                         encode_prompts      02_prompts
   L_contr = 1/2 [CE(s I T', diag) + CE(s T I', diag)]  contrastive_loss    03_losses
@@ -30,22 +30,26 @@ Usage
 To copy it: the file needs torch, numpy and clip; train_mapper and adapt_generator take any
 generator that fits the protocol of section 1.
 
-Where it departs from the published code
+Where it departs from the published code (its file:line in brackets)
  1. Residual prompts. The published code adds the feature of a fixed text to that of the learned
     prompt: of "a photo of a photo." and "a photo of a anime." in stage 1, but in stage 2 both
     times of "a photo of a", without the label. `--residual published` (the default) does exactly
     this, `label` keeps the label in both stages, `none` adds nothing, as in the paper.
+    [clip_loss.py:206,212,242; train.py:215]
  2. Layer choice is off by one there: index j >= 2 of W+ feeds convolution j - 1 but frees j - 2,
     and index 1 frees a ToRGB layer. Here the layer that is fed is the layer that is freed.
  3. The directional loss divides by |delta_image|, which is 0/0 for equal images. There, and by
     default here (`--eps 0 --noise fresh`), each generator draws its own noise and no two images
     are equal. `--eps` > 0 divides by sqrt(|delta_image|^2 + eps^2) and allows `--noise fixed`.
+    [clip_loss.py:225-226; ZSSGAN.py:281-283]
  4. Images are resized for CLIP with antialiasing; torchvision 0.9, as used there, had none.
  5. CLIP runs in float32, there in float16. `--autocast` runs its image encoder in bfloat16.
  6. n_ctx is a number of prompt vectors; there it is the number of words of ctx_init.
+    [train.py:79-80,112]
  7. Samples are truncated towards the generator's own average; there it is drawn anew each time.
  8. Work that changes no number is left out: fixed texts are encoded once, prompts are not padded
     to 77 tokens, CLIP collects no gradients, and neither do weights in the layer choice.
+    [clip_loss.py:249-251,256-257]
  9. `--crop`, `--freeze` and `--layers all` are ours, and off by default.
 """
 
@@ -169,7 +173,7 @@ def load_clip(name_or_path, device="cpu"):
     """A CLIP, frozen and in float32, and its transform of images.
 
     A name goes to clip.load, which downloads the model once. A file is read here, tensors only:
-    clip.load of openai/CLIP cannot read a plain state dict.
+    clip.load of openai/CLIP cannot read a plain state dict. Raises ValueError, of one line.
     """
     name, names = str(name_or_path), clip.available_models()
     if name not in names and not Path(name).is_file():
@@ -319,7 +323,10 @@ def encode_texts(clip_model, texts):
 
 
 def construct_prompts(clip_model, ctx, label):
-    """[SOS] ctx label [EOT] as embeddings: ctx [B, n_ctx, d] -> [B, L, d]."""
+    """[SOS] ctx label [EOT] as embeddings: ctx [B, n_ctx, d] -> [B, L, d].
+
+    Raises ValueError if that is longer than CLIP reads.
+    """
     B, n_ctx, _ = ctx.shape
     tokens, _ = tokenize(clip_model, label)  # [1, L - n_ctx]
     L, limit = n_ctx + tokens.shape[1], clip_model.context_length
@@ -474,6 +481,7 @@ def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, dra
 
     clip_model and generator are frozen. rng: a torch.Generator on the CPU, the only source of
     randomness. mapper: where to start, else a new one. draw_z: n -> z [n, z_dim], else normal.
+    Raises FloatingPointError when the loss or its gradient stops being finite.
     """
     if mapper is None:
         ctx_dim = clip_model.token_embedding.embedding_dim
@@ -544,7 +552,8 @@ def adapt_generator(
     directions: w -> delta_text, [B, e] or [e]; from prompt_directions, label_direction, or yours.
     target: what to train, in place; else a copy of the generator, which itself stays as it is.
     layers: its W modules that w inputs choose, else target.layers(). rng, draw_z: as in stage 1;
-    in each step the images' z is drawn before that of the layer choice.
+    in each step the images' z is drawn before that of the layer choice. The average starts at
+    `generator`. Raises FloatingPointError when the loss or its gradient stops being finite.
     """
     source, num_ws = generator, generator.num_ws
     target = copy.deepcopy(source) if target is None else target
