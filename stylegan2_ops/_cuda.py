@@ -53,7 +53,7 @@ def usable(impl, device, dtype):
 
 @functools.cache
 def _warn(message):
-    warnings.warn(message, stacklevel=4)  # the caller of the public function
+    warnings.warn(message, stacklevel=5)  # the caller of the public function
 
 
 @functools.cache
@@ -70,6 +70,7 @@ def obstacle(device, dtype):
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+@functools.cache
 def architecture(device):
     """Such as "sm_90"."""
     major, minor = torch.cuda.get_device_capability(device)

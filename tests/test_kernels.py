@@ -99,7 +99,7 @@ class PlainKernels:
 def use(start, patch):
     """Let impl="cuda" run the operators on CPU tensors."""
     patch.setattr(_cuda, "start", start)
-    patch.setattr(_cuda, "usable", lambda impl, device, dtype: True)
+    patch.setattr(_cuda, "obstacle", lambda device, dtype: None)
 
 
 @pytest.fixture(scope="module")
@@ -393,18 +393,20 @@ def test_upfirdn2d_derivatives(device):
     assert gradgradcheck(cuda_upfirdn2d, x, fast_mode=True)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's
+# opcheck looks at the .grad of tensors that are no leaves
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_operators_are_well_formed(device):
     x = torch.randn(2, 3, 4, 5, device=device, requires_grad=True)
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     b = torch.randn(3, device=device, requires_grad=True)
-    for image in (x, last):
-        options = [2, 1], [1, 2], [2, 1, -1, 3], False, 1.5
-        torch.library.opcheck(_cuda.upfirdn2d, (image, FILTER.to(device), *options))
-    for factors in [None, None], [x, None], [x, last]:
-        options = 1, "swish", 0.2, 1.5, 2.0
-        torch.library.opcheck(_cuda.bias_act, (last, b, *factors, *options))
-    torch.library.opcheck(_cuda.bias_act, (x, None, None, None, 1, "lrelu", 0.2, 1.5, math.inf))
+    f, options = FILTER.to(device), ([2, 1], [1, 2], [2, 1, -1, 3], False, 1.5)
+    torch.library.opcheck(_cuda.upfirdn2d, (x, f, *options))
+    torch.library.opcheck(_cuda.upfirdn2d, (last, f, *options))
+    swish, lrelu = (1, "swish", 0.2, 1.5, 2.0), (1, "lrelu", 0.2, 1.5, math.inf)
+    torch.library.opcheck(_cuda.bias_act, (x, b, None, None, *lrelu))
+    torch.library.opcheck(_cuda.bias_act, (last, b, None, None, *swish))
+    torch.library.opcheck(_cuda.bias_act, (last, b, x, None, *swish))
+    torch.library.opcheck(_cuda.bias_act, (last.detach(), b.detach(), x, last, *swish))
 
 
 def test_compiles_without_a_graph_break(device):
@@ -482,7 +484,7 @@ def test_compiles_for(arch, name):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """Nothing is known of the kernels yet, the cache is empty, and the GPU is of a good kind."""
-    functions = _cuda.obstacle, _cuda.load, _cuda._warn
+    functions = _cuda.architecture, _cuda.obstacle, _cuda.load, _cuda._warn
     for function in functions:
         function.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -559,7 +561,7 @@ def test_without_kernels_the_reference_is_used_with_one_warning(
     x = torch.randn(1, 2, 3, 4).as_subclass(OnGpu)
     with pytest.warns(UserWarning, match=f"no CUDA kernel, .*: {reason}") as caught:
         y = bias_act(x, act="lrelu")
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__
     assert "\n" not in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -586,3 +588,12 @@ assert not {"cuda.core", "stylegan2_ops._cuda", "torch._dynamo"} & set(sys.modul
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, env=environment, check=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_benchmark_says_that_it_needs_a_gpu(monkeypatch):
+    from benchmarks.ops import main
+
+    monkeypatch.setattr(sys, "argv", ["ops"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="^benchmarks.ops needs a CUDA device$"):
+        main()
