@@ -18,20 +18,33 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="au
 
     x: [B, C, H, W], any floating type. f: [fh, fw], [n] or None, cast to the type of x.
     up, down: n or (x, y). padding, in pixels of the upsampled image: n, (x, y) or
-    (x0, x1, y0, y1). impl: "auto" or "ref" for this reference.
+    (x0, x1, y0, y1). impl: "ref" for the reference here, "cuda" for the CUDA kernel, or "auto" for
+    the kernel on a CUDA tensor if it can be had, and else the reference.
     Returns [B, C, H', W'] of x's type, H' = (H * up_y + pad_y0 + pad_y1 - fh) // down_y + 1,
     and W' alike.
 
     Linear in x and differentiable in it to any order; `f` is a constant. Raises RuntimeError if
-    `f` is larger than the padded image or impl is "cuda", ValueError if impl is unknown.
+    `f` is larger than the padded image or the kernel is asked for and cannot be had, ValueError
+    if impl is unknown.
     Semantics: the published `torch_utils/ops/upfirdn2d.py`.
     """
-    check_impl(impl)
     (up_x, up_y), (down_x, down_y) = _pair(up), _pair(down)
     x0, x1, y0, y1 = _padding(padding)
     if f is None:
         f = torch.ones(1, 1)
-    f = f.detach().to(x)
+    f = f.detach()
+    if use_kernel(impl, x):
+        from ._cuda import upfirdn2d as kernel
+
+        f = f.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if f.ndim == 2:
+            up, down = [up_x, up_y], [down_x, down_y]
+            return kernel(x, f, up, down, [x0, x1, y0, y1], flip_filter, float(gain))
+        gain = gain**0.5
+        x = kernel(x, f[None], [up_x, 1], [down_x, 1], [x0, x1, 0, 0], flip_filter, gain)
+        return kernel(x, f[:, None], [1, up_y], [1, down_y], [0, 0, y0, y1], flip_filter, gain)
+
+    f = f.to(x)
     if not flip_filter:
         f = f.flip(tuple(range(f.ndim)))  # for conv2d correlates
 
@@ -102,12 +115,19 @@ def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl="auto"
     )
 
 
-def check_impl(impl):
-    """Refuse "cuda" with a RuntimeError and what is not "auto" or "ref" with a ValueError."""
-    if impl == "cuda":
-        raise RuntimeError('this version has no CUDA kernel: use impl="ref"')
-    if impl not in ("auto", "ref"):
-        raise ValueError(f'impl must be "auto", "ref" or "cuda", not {impl!r}')
+def use_kernel(impl, x):
+    """Whether `impl` means the CUDA kernel for the tensor x.
+
+    Raises RuntimeError with the reason if it does and the kernel cannot be had, ValueError if it
+    is none of "auto", "cuda" and "ref".
+    """
+    if impl not in ("auto", "cuda", "ref"):
+        raise ValueError(f'impl must be "auto", "cuda" or "ref", not {impl!r}')
+    if impl == "ref" or (impl == "auto" and not x.is_cuda):
+        return False
+    from ._cuda import usable
+
+    return usable(impl, x.device, x.dtype)
 
 
 def _pair(value):
