@@ -175,7 +175,7 @@ class Generator(nn.Module):
         if resolution < 8 or resolution.bit_count() != 1:
             raise ValueError(f"resolution must be a power of two from 8 on, not {resolution}")
         if architecture not in ("skip", "resnet", "orig"):
-            raise ValueError(f'architecture must be "skip", "resnet" or "orig", not {architecture!r}')
+            raise ValueError(f"architecture must be skip, resnet or orig, not {architecture!r}")
         if class_index is not None and class_index not in range(c_dim):
             raise ValueError(f"class_index must be below {c_dim}, not {class_index}")
         sizes = [2**k for k in range(2, resolution.bit_length())]  # 4, 8, ..., R
