@@ -267,7 +267,7 @@ def empty_generator(config):
     check("architecture", lambda x: x in ("skip", "resnet", "orig"), "skip, resnet or orig")
     check(
         "conv_clamp",
-        lambda x: x is None or type(x) in (int, float) and 0 < x < math.inf,
+        lambda x: x is None or type(x) in (int, float) and 0 < x < 1e38,
         "above 0, or none",
     )
     classes = range(config.get("c_dim", 0))

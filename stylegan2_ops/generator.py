@@ -167,6 +167,8 @@ class Generator(nn.Module):
     Semantics: the published `training/networks.py` and `training/networks_stylegan2.py`.
     """
 
+    fp16_device = "cuda"  # the type of device on which blocks may run in float16
+
     def __init__(
         self, resolution, channels, w_dim, n_mlp=8, z_dim=None, c_dim=0, class_index=None,
         architecture="skip", conv_clamp=None, num_fp16_res=0,
@@ -231,9 +233,10 @@ class Generator(nn.Module):
     def layers(self):
         """The num_ws modules that adaptation may train: layers()[j] is the one w index j feeds.
 
-        Index 0 feeds conv1, index j >= 1 feeds convs[j - 1]. Every odd index feeds a ToRGB too,
-        but those are never trained. The last index feeds nothing else: the last convolution,
-        which makes that ToRGB's input, stands for it, as in the published layer choice.
+        Index 0 feeds conv1, index j >= 1 feeds convs[j - 1]. Every odd index (the last one alone,
+        unless architecture is "skip") feeds a ToRGB too, but those are never trained. The last
+        index feeds nothing else: the last convolution, which makes that ToRGB's input, stands for
+        it, as in the published layer choice.
         """
         return [self.conv1, *self.convs, self.convs[-1]]
 
@@ -267,7 +270,7 @@ class Generator(nn.Module):
         blocks = len(self.convs) // 2
         for block in range(blocks):
             i = 2 * block + 1
-            if w.is_cuda and block >= blocks - self.num_fp16_res:
+            if w.device.type == self.fp16_device and block >= blocks - self.num_fp16_res:
                 x = x.half()
             entering, gain = x, math.sqrt(0.5) if self.architecture == "resnet" else 1.0
             x = self.convs[i - 1](x, ws[i], noises[i])

@@ -43,7 +43,8 @@ def read_nvidia(module, read):
     def attribute(name, key, default):
         value = modules[name].state.get(key, default)
         if value is not None and type(value) not in (bool, int, float, str):
-            raise CheckpointError(f"G_ema.{name}.{key} is a {type(value).__name__}")
+            where = f"{name}.{key}".lstrip(".")
+            raise CheckpointError(f"G_ema.{where} is a {type(value).__name__}; wanted: a number")
         return value
 
     for pattern, attributes in _WANTED.items():

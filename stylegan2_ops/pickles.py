@@ -209,6 +209,10 @@ def _dict():
     return {}
 
 
+def _tuple(items):
+    return tuple(items)
+
+
 def _set(items=()):
     return {_checked_key(item) for item in items}
 
@@ -250,6 +254,8 @@ _NAMES = {
     ("builtins", "set"): _set,
     ("__builtin__", "set"): _set,
     ("argparse", "Namespace"): _opaque,
+    ("torch", "device"): _opaque,
+    ("torch", "Size"): _tuple,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _nested,
