@@ -1,62 +1,75 @@
 """Reading and writing generator checkpoints.
 
-A checkpoint is what rosinality's converter writes, {"g_ema": state dict, "latent_avg": [w_dim]};
-the published outputs of IPL and StyleGAN-NADA are the same without "latent_avg". A .safetensors
-file holds the state dict and "latent_avg" side by side. No code in a file is ever run.
+  .pt            rosinality's layout, {"g_ema": state dict, "latent_avg": [w_dim]}; the published
+                 outputs of IPL and StyleGAN-NADA are the same without "latent_avg"
+  .pkl           NVIDIA's, of stylegan2-ada-pytorch and of StyleGAN2 in the stylegan3 repository
+  .safetensors   ours: the state dict and "latent_avg", with the generator's config as metadata
+
+No code in a file is ever run, and nothing that a file only claims takes time or memory.
 """
 
-import argparse
+import inspect
 import io
 import json
 import math
 import os
+import pickle
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
 
 from .generator import Generator
+from .nvidia import read_nvidia
+from .pickles import CheckpointError, Module, read_pickled, some, tensor_reader
 
-# What the training runs of rosinality and NADA keep beside the generator.
-_IGNORED = {"g", "d", "g_optim", "d_optim", "args", "ada_aug_p", "iter"}
+# What training runs keep beside the generator: those of rosinality and NADA, those of NVIDIA.
+_KNOWN = {"g", "d", "g_optim", "d_optim", "args", "ada_aug_p", "iter"}
+_KNOWN |= {"G", "D", "augment_pipe", "training_set_kwargs"}
 
 
-class CheckpointError(ValueError):
-    """A file from which no generator can be read; the message is one line."""
+class Checkpoint(NamedTuple):
+    """A generator as it is in a file."""
+
+    config: dict  # the arguments of Generator
+    state: dict  # its state dict; the tensors have the types of the file
+    w_avg: torch.Tensor | None  # [w_dim], if the file has it
+    beside: list  # the names of what else is in the file
 
 
-def load_generator(path, device="cpu"):
+def load_generator(path, device="cpu", class_index=None):
     """Read a frozen Generator: eval mode, no gradients, float32, its sizes those of the tensors.
 
-    path: a .safetensors file by suffix, else one of torch.save. Where the file has no
-    "latent_avg", w_avg is the mean w of 4096 z drawn with seed 0; the global random state is left
-    alone. Unknown entries beside "g_ema" are ignored with a warning.
+    path: a file, or a URL (http:// or https://), which is downloaded once: see `download`.
+    class_index: which class a conditional generator shall draw. Where the file has no average of w,
+    w_avg is the mean w of 4096 z drawn with seed 0; the global random state is left alone. Unknown
+    entries beside the generator are ignored with a warning.
 
-    Raises CheckpointError if the file is missing, damaged or made of more than plain tensors, or
-    if they are not those of a rosinality generator; it then names the tensor at fault.
+    Raises CheckpointError if the file is missing, damaged or made of more than plain tensors; if
+    they are not those of a StyleGAN2 generator, and then names the tensor at fault; and if
+    class_index is wrong, or missing for a conditional generator.
     """
-    if Path(path).suffix == ".safetensors":
-        state = _read(path, lambda path: safetensors.torch.load(Path(path).read_bytes()))
-        w_avg = state.pop("latent_avg", None)
-    else:
-        checkpoint = _read(path, _torch_load)
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("g_ema"), dict):
-            raise CheckpointError(f'{path}: not a generator checkpoint, it has no "g_ema"')
-        state, w_avg = checkpoint["g_ema"], checkpoint.get("latent_avg")
-        unknown = [k for k in checkpoint if k not in {"g_ema", "latent_avg", *_IGNORED}]
-        if unknown:
-            warnings.warn(f"{path}: ignored {_some(unknown)}", stacklevel=2)
+    config, state, w_avg, beside = read_checkpoint(path)
+    if unknown := [name for name in beside if name not in _KNOWN]:
+        warnings.warn(f"{path}: ignored {some(unknown)}", stacklevel=2)
+    classes = config["c_dim"]
+    if class_index is None:
+        class_index = config["class_index"]
+    if classes and class_index not in range(classes):
+        wanted = f"--class N, N from 0 to {classes - 1}"
+        raise CheckpointError(f"{path}: class {class_index} of {classes} classes; wanted: {wanted}")
+    if class_index is not None and not classes:
+        raise CheckpointError(f"{path}: class {class_index} of no classes; wanted: no --class")
 
-    generator = _build(path, state).to_empty(device=device)
-    generator.load_state_dict(state)
+    generator = empty_generator({**config, "class_index": class_index})
+    generator.to_empty(device=device).load_state_dict(state)
     generator.requires_grad_(False).eval()
     if w_avg is None:
         rng = torch.Generator().manual_seed(0)
         z = torch.randn(4096, generator.z_dim, generator=rng)
         w_avg = generator.mapping(z.to(device)).mean(0)
-    elif not _is_plain(w_avg) or w_avg.numel() != generator.w_dim:
-        raise CheckpointError(f'{path}: "latent_avg" is not a vector of {generator.w_dim}')
     generator.w_avg.copy_(w_avg.reshape(-1))
     return generator
 
@@ -65,18 +78,72 @@ def save_generator(generator, path):
     """Write `generator`, in safetensors format if that is the suffix of `path`, else in torch's.
 
     Every tensor keeps its type and its bits. The file appears whole or not at all: it is written
-    aside, flushed to the disk and renamed. Raises OSError if it cannot be written.
+    aside, flushed to the disk and renamed. Raises CheckpointError if the generator does not fit
+    rosinality's layout and `path` is not .safetensors, OSError if the file cannot be written.
     """
+    config, state = generator.config, generator.state_dict()
+    write_checkpoint(Checkpoint(config, state, generator.w_avg, []), path)
+
+
+def read_checkpoint(path):
+    """Read a Checkpoint, from a file or a URL. Nothing is computed; errors as `load_generator`."""
+    if not str(path).startswith(("http://", "https://")):
+        return _read_file(path)
+    from .download import download  # which needs a POSIX system
+
+    url, file = str(path), download(str(path))
+    try:
+        return _read_file(file)
+    except CheckpointError as error:
+        if "#" not in url:  # it may have been cut short unseen: the next call fetches it again
+            file.unlink(missing_ok=True)
+        raise CheckpointError(f"{url}: {str(error).removeprefix(f'{file}: ')}") from error
+
+
+def _read_file(path):
     path = Path(path)
-    state = {name: t.detach().cpu().contiguous() for name, t in generator.state_dict().items()}
-    w_avg = generator.w_avg.detach().cpu()
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError("not a regular file")
+        data = path.read_bytes()
+        if path.suffix == ".safetensors":
+            return _read_safetensors(data)
+        value = read_pickled(data)
+        if isinstance(value, dict) and isinstance(value.get("G_ema"), Module):
+            return _read_nvidia(value, tensor_reader(4 * len(data)))
+        if isinstance(value, dict) and isinstance(value.get("g_ema"), dict):
+            return _read_rosinality(value, tensor_reader(4 * len(data)))
+        wanted = "g_ema" if data.startswith(b"PK") else "G_ema"
+        raise CheckpointError(f'not a generator checkpoint, it has no "{wanted}"')
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # bytes that are no checkpoint can fail in any way
+        kind = type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            kind += f": {error}"
+        raise CheckpointError(f"{path}: damaged, or more than plain tensors ({kind})") from error
+
+
+def write_checkpoint(checkpoint, path):
+    """Write a Checkpoint, as `save_generator` does."""
+    path = Path(path)
+    config, state, w_avg, _ = checkpoint
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    w_avg = {} if w_avg is None else {"latent_avg": w_avg.detach().cpu()}
     if path.suffix == ".safetensors":
-        sizes = ("resolution", "channels", "w_dim", "n_mlp")
-        config = json.dumps({name: getattr(generator, name) for name in sizes})
-        data = safetensors.torch.save({**state, "latent_avg": w_avg}, {"config": config})
+        data = safetensors.torch.save({**state, **w_avg}, {"config": json.dumps(config)})
     else:
+        content = {"g_ema": state, **w_avg}
+        if misfit := _misfit(config):
+            raise CheckpointError(
+                f"{path}: no place for {misfit} in rosinality's layout; wanted: a .safetensors file"
+            )
+        if config["conv_clamp"] is not None or config["num_fp16_res"]:
+            content["generator_config"] = config  # other programs leave it, and do not clamp
         buffer = io.BytesIO()
-        torch.save({"g_ema": state, "latent_avg": w_avg}, buffer)
+        torch.save(content, buffer)
         data = buffer.getbuffer()
 
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -90,68 +157,140 @@ def save_generator(generator, path):
         aside.unlink(missing_ok=True)
 
 
-def _read(path, reader):
-    try:
-        return reader(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # bytes that are no checkpoint can fail in any way
-        kind = type(error).__name__
-        raise CheckpointError(f"{path}: damaged, or more than plain tensors ({kind})") from error
+def _misfit(config):
+    """What keeps a generator out of rosinality's layout, in words, or None."""
+    if config["c_dim"]:
+        return f"{config['c_dim']} classes"
+    if config["architecture"] != "skip":
+        return f"the {config['architecture']} architecture"
+    if config["z_dim"] != config["w_dim"]:
+        return f"z of {config['z_dim']} and w of {config['w_dim']} numbers"
+    return None
 
 
-def _torch_load(path):
-    # rosinality's training saves its argparse.Namespace, a class without behaviour, as "args".
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
-        return torch.load(path, map_location="cpu", weights_only=True)
+# ----------------------------------------------------------------------------------------------
+# The three formats: bytes or values of a file -> Checkpoint
 
 
-def _build(path, state):
-    """An empty Generator (on the meta device) that `state` fits name by name, shape by shape."""
+def _read_rosinality(value, read):
+    state = {name: read(name, stored) for name, stored in value["g_ema"].items()}
+    w_avg = value.get("latent_avg")
+    if w_avg is not None:
+        try:
+            w_avg = read("latent_avg", w_avg)
+        except CheckpointError:
+            w_avg = torch.empty(0)  # refused below, with the size that it should have
+    config = value.get("generator_config", _config_of(state))
+    beside = [k for k in value if k not in ("g_ema", "latent_avg", "generator_config")]
+    return Checkpoint(_checked(config, state, w_avg, "rosinality"), state, w_avg, beside)
+
+
+def _read_nvidia(value, read):
+    config, state, w_avg = read_nvidia(value["G_ema"], read)
+    config = _checked(config, state, w_avg, "StyleGAN2")
+    return Checkpoint(config, state, w_avg, [name for name in value if name != "G_ema"])
+
+
+def _read_safetensors(data):
+    state = safetensors.torch.load(data)
     for name, tensor in state.items():
-        if not isinstance(name, str) or not _is_plain(tensor):
-            raise CheckpointError(f"{path}: {name!r} is not a plain tensor of floats")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{name!r:.80} is not a plain tensor of floats")
+    w_avg = state.pop("latent_avg", None)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    config = header.get("__metadata__", {}).get("config")
+    config = _config_of(state) if config is None else json.loads(config)
+    if isinstance(config, dict) and isinstance(config.get("channels"), dict):
+        config["channels"] = {int(size): c for size, c in config["channels"].items()}
+    return Checkpoint(_checked(config, state, w_avg, "StyleGAN2"), state, w_avg, [])
+
+
+# ----------------------------------------------------------------------------------------------
+# Config and state dict
+
+
+def _config_of(state):
+    """The arguments of Generator for a state dict in rosinality's layout."""
 
     def size(name):
-        return state[name].numel() if name in state else 1  # if missing, it is named below
+        return state[name].numel() if name in state else 1  # if missing, it is named later
 
-    noises = [size(name) for name in state if name.startswith("noises.")]
+    noises = [size(name) for name in state if str(name).startswith("noises.")]
     log2 = max(3, math.isqrt(max(noises, default=0)).bit_length() - 1)
-    with torch.device("meta"):
-        generator = Generator(
-            resolution=2**log2,
-            channels={
-                4: size("conv1.activate.bias"),
-                **{2**k: size(f"convs.{2 * k - 6}.activate.bias") for k in range(3, log2 + 1)},
-            },
-            w_dim=size("style.1.bias"),
-            n_mlp=sum(name.startswith("style.") and name.endswith(".bias") for name in state),
-        )
+    styles = [name for name in state if str(name).startswith("style.")]
+    return {
+        "resolution": 2**log2,
+        "channels": {
+            4: size("conv1.activate.bias"),
+            **{2**k: size(f"convs.{2 * k - 6}.activate.bias") for k in range(3, log2 + 1)},
+        },
+        "w_dim": size("style.1.bias"),
+        "n_mlp": sum(name.endswith(".bias") for name in styles),
+    }
 
+
+_RANGES = {  # of the whole numbers in a config
+    "resolution": range(8, 2**14 + 1),
+    "w_dim": range(1, 2**16),
+    "n_mlp": range(65),
+    "z_dim": range(1, 2**16),
+    "c_dim": range(2**20),
+    "num_fp16_res": range(65),
+}
+
+
+def empty_generator(config):
+    """Generator(**config) on the meta device, where tensors have no memory.
+
+    Raises CheckpointError if the config is not one; that takes neither time nor memory.
+    """
+    known, required = inspect.signature(Generator).parameters, {"resolution", "channels", "w_dim"}
+    if type(config) is not dict or not required <= config.keys() <= known.keys():
+        raise CheckpointError(f"the config does not consist of {', '.join(known)}")
+
+    def check(name, holds, wanted):
+        value = config.get(name)
+        if name in config and not holds(value):
+            found = f"{value!r:.40}" if type(value) in (int, float, str) else type(value).__name__
+            raise CheckpointError(f"the config's {name} is {found}; wanted: {wanted}")
+
+    for name, allowed in _RANGES.items():
+        wanted = f"{allowed[0]} to {allowed[-1]}"
+        check(name, lambda x, allowed=allowed: type(x) is int and x in allowed, wanted)
+    sizes = [2**k for k in range(2, config["resolution"].bit_length())]
+    width = range(1, 2**16)
+    check(
+        "channels",
+        lambda x: type(x) is dict and all(type(x.get(n)) is int and x[n] in width for n in sizes),
+        "{4: c, 8: c, ...}, up to the resolution",
+    )
+    check("architecture", lambda x: x in ("skip", "resnet", "orig"), "skip, resnet or orig")
+    check(
+        "conv_clamp",
+        lambda x: x is None or type(x) in (int, float) and 0 < x < 1e38,
+        "above 0, or none",
+    )
+    classes = range(config.get("c_dim", 0))
+    check("class_index", lambda x: x is None or type(x) is int and x in classes, "one of c_dim")
+    try:
+        with torch.device("meta"):
+            return Generator(**config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _checked(config, state, w_avg, layout):
+    """The full config, if the tensors are those of a generator with `config`."""
+    generator = empty_generator(config)
     expected = generator.state_dict()
     if missing := [name for name in expected if name not in state]:
-        raise CheckpointError(f"{path}: not a rosinality generator, it lacks {_some(missing)}")
+        raise CheckpointError(f"not a {layout} generator, it lacks {some(missing)}")
     if extra := [name for name in state if name not in expected]:
-        raise CheckpointError(f"{path}: not a rosinality generator, it has {_some(extra)}")
+        raise CheckpointError(f"not a {layout} generator, it has {some(extra)}")
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             found, wanted = tuple(state[name].shape), tuple(tensor.shape)
-            raise CheckpointError(f"{path}: {name} is {found}, not {wanted}")
-    return generator
-
-
-def _is_plain(tensor):
-    """Dense floats in memory, as many as the shape says (a stride of 0 could claim any number)."""
-    return (
-        isinstance(tensor, torch.Tensor)
-        and tensor.is_floating_point()
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and tensor.untyped_storage().nbytes() >= tensor.nbytes
-    )
-
-
-def _some(names):
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
+            raise CheckpointError(f"{name} is {found}, not {wanted}")
+    if w_avg is not None and not (w_avg.is_floating_point() and w_avg.numel() == generator.w_dim):
+        raise CheckpointError(f'"latent_avg" is not a vector of {generator.w_dim}')
+    return generator.config

@@ -24,10 +24,22 @@ def modulated_conv2d(
     square root out. flip_weight: True correlates, as conv2d does; False convolves.
     Returns y: [B, out, H', W'], H' = H * up + 2 * padding - kh + 1.
 
+    x may be of a smaller type than the other tensors: it is that of y, and styles, weight and noise
+    are cast to it after the norms were taken. In float16 weight and styles are first scaled to a
+    maximum of 1 / sqrt(in * kh * kw) and 1, so that nothing overflows; demodulation cancels that.
+
     Differentiable in x, weight, styles and noise to any order.
     Semantics: `modulated_conv2d` of the published `training/networks.py`.
     """
-    x = x * styles[:, :, None, None]
+    if demodulate:
+        if x.dtype == torch.float16:
+            peak = weight.detach().abs().amax([1, 2, 3], keepdim=True)
+            weight = weight / (peak * weight[0].numel() ** 0.5)
+            styles = styles / styles.detach().abs().amax(1, keepdim=True)
+        norm2 = styles.square() @ weight.square().sum([2, 3]).T  # [B, out]
+        scale = (norm2 + 1e-8).rsqrt()[:, :, None, None].to(x.dtype)
+    weight, noise = weight.to(x.dtype), None if noise is None else noise.to(x.dtype)
+    x = x * styles[:, :, None, None].to(x.dtype)
     if up == 1:
         x = F.conv2d(x, weight if flip_weight else weight.flip(2, 3), padding=padding)
     else:
@@ -42,7 +54,5 @@ def modulated_conv2d(
         ]
         x = upfirdn2d(x, resample_filter, padding=padding, gain=up**2)
     if demodulate:
-        norm2 = styles.square() @ weight.square().sum([2, 3]).T  # [B, out]
-        scale = (norm2 + 1e-8).rsqrt()[:, :, None, None]
         return x * scale if noise is None else torch.addcmul(noise, x, scale)
     return x if noise is None else x + noise

@@ -227,15 +227,19 @@ def test_misshapen_tensor_is_named(save, checkpoint, name, shape):
         None,
         "weights",
         torch.zeros(24, dtype=torch.int64),
-        torch.zeros(24).to_sparse(),
-        torch.zeros(24, device="meta"),
         torch.zeros(1).expand(10**12),
     ],
-    ids=["none", "text", "integers", "sparse", "meta", "expanded"],
+    ids=["none", "text", "integers", "expanded"],
 )
 def test_values_that_are_no_plain_tensor(save, checkpoint, value):
     checkpoint["g_ema"]["convs.0.activate.bias"] = value
     assert "'convs.0.activate.bias' is not a plain tensor" in refusal(save(checkpoint))
+
+
+@pytest.mark.parametrize("value", [torch.zeros(24).to_sparse(), torch.zeros(24, device="meta")])
+def test_tensors_of_other_kinds(save, checkpoint, value):
+    checkpoint["g_ema"]["convs.0.activate.bias"] = value
+    assert "tensor' is not allowed" in refusal(save(checkpoint)).replace("_no_storage", "")
 
 
 @pytest.mark.parametrize("value", [0.5, torch.zeros(31), torch.zeros(32, dtype=torch.int64)])

@@ -1,0 +1,250 @@
+"""Damaged files for load_generator: each loads or is refused, in 2 seconds and 1 GB.
+
+  PYTHONPATH=. python tests/fuzz_checkpoints.py SEED COUNT FOLDER [LOADER]
+
+prints a line of JSON for each file that does something else and one of counts at the end; what
+kills or blocks the process is for the caller to see. LOADER: a faulty one of `LOADERS`, to show
+that each fault is seen. The same seed and number make the same file.
+"""
+
+import io
+import json
+import pickletools
+import random
+import resource
+import signal
+import struct
+import sys
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from nvidia_pickles import nvidia_pickle
+
+from stylegan2_ops import CheckpointError, Generator, load_generator, save_generator
+
+SECONDS, BYTES = 2, 2**30  # of CPU time, of memory
+GOLDEN = Path(__file__).parent / "golden"
+OPCODES = [ord(op.code) for op in pickletools.opcodes]
+HUGE = [2**7, 2**8 - 1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
+
+
+def seeds(folder):
+    """{name: bytes} of files that load, in all formats."""
+    torch.manual_seed(0)
+    small = Generator(8, {4: 3, 8: 2}, w_dim=4, n_mlp=1, conv_clamp=256, num_fp16_res=1)
+    other = Generator(
+        8, {4: 3, 8: 2}, w_dim=4, n_mlp=1, z_dim=3, c_dim=2, class_index=1, architecture="resnet"
+    )
+    save_generator(small, folder / "small.pt")
+    save_generator(other, folder / "other.safetensors")
+    content = {"g_ema": small.state_dict(), "g_optim": {"state": {0: {"step": 1}}}}
+    torch.save(content, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    files = {name: (folder / name).read_bytes() for name in ("small.pt", "legacy.pt")}
+    return {
+        **files,
+        "other.safetensors": (folder / "other.safetensors").read_bytes(),
+        "three.pkl": nvidia_pickle(small, 3),
+        "four.pkl": nvidia_pickle(small, 4),
+        "golden.pkl": (GOLDEN / "nvidia_variant_resnet.pkl").read_bytes(),
+        "golden.pt": (GOLDEN / "rosinality_tiny.pt").read_bytes(),
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# Damage: (rng, bytes) -> bytes
+
+
+def flip_bits(rng, data):
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8, 64])):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def truncate(rng, data):
+    return data[: rng.randrange(len(data))]
+
+
+def move_bytes(rng, data):
+    """Delete, repeat or overwrite a stretch."""
+    size = rng.randint(1, min(len(data), rng.choice([1, 8, 100, 10_000])))
+    i, j = (rng.randrange(len(data) - size + 1) for _ in range(2))
+    stretch = data[i : i + size]
+    return rng.choice(
+        [data[:i] + data[i + size :], data[:j] + stretch + data[j:],
+         data[:j] + stretch + data[j + size :]]
+    )  # fmt: skip
+
+
+def change_numbers(rng, data):
+    """Write huge or small numbers over any 4 or 8 bytes."""
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 3])):
+        number = struct.pack("<Q", rng.choice(HUGE))[: rng.choice([2, 4, 8])]
+        i = rng.randrange(len(data))
+        data[i : i + len(number)] = number
+    return bytes(data)
+
+
+def operations(data):
+    """[(position, size of the operation)] of a pickle, as far as it is one."""
+    positions = []
+    try:
+        for _, _, position in pickletools.genops(data):
+            positions.append(position)
+    except ValueError:
+        pass
+    return list(zip(positions, positions[1:], strict=False)) or [(0, len(data))]
+
+
+def swap_opcodes(rng, data):
+    data, found = bytearray(data), operations(data)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        data[rng.choice(found)[0]] = rng.choice(OPCODES)
+    return bytes(data)
+
+
+def change_arguments(rng, data):
+    """Other arguments of a pickle's operations: lengths, sizes, memo slots."""
+    data, found = bytearray(data), operations(data)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        start, end = rng.choice(found)
+        size = min(end - start - 1, rng.choice([1, 2, 4, 8]))
+        data[start + 1 : start + 1 + size] = struct.pack("<Q", rng.choice(HUGE))[:size]
+    return bytes(data)
+
+
+def replace_numbers(rng, data):
+    """Huge numbers in the JSON at the head of a .safetensors file, whose length is set right."""
+    size = int.from_bytes(data[:8], "little")
+    head, rest = data[8 : 8 + size], data[8 + size :]
+    digits = [i for i in range(size) if head[i : i + 1].isdigit()]
+    i = rng.choice(digits)
+    number = rng.choice([*map(str, HUGE), "-1", "1e400", "null", "[]", '"x"', "0", "9" * 5000])
+    head = head[:i] + number.encode() + head[i + 1 :]
+    return struct.pack("<Q", len(head)) + head + rest
+
+
+def within_zip(damage):
+    """Damage to one member of a zip archive, with a valid checksum."""
+
+    def change(rng, data):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+            names = old.namelist()
+            pickled = next(name for name in names if name.endswith("data.pkl"))
+            chosen = rng.choice([pickled, pickled, pickled, rng.choice(names)])
+            for name in names:
+                member = old.read(name)
+                new.writestr(name, damage(rng, member) if name == chosen and member else member)
+        return buffer.getvalue()
+
+    return change
+
+
+ANY = [flip_bits, truncate, move_bytes, change_numbers]
+PICKLE = [flip_bits, truncate, move_bytes, swap_opcodes, swap_opcodes, change_arguments]
+DAMAGES = {
+    ".pkl": PICKLE,
+    "legacy.pt": PICKLE,
+    ".pt": [*ANY, *map(within_zip, [*PICKLE, change_arguments])],
+    ".safetensors": [*ANY, replace_numbers, replace_numbers],
+}
+
+
+def damaged(files, seed, number):
+    """-> (suffix, bytes)"""
+    rng = random.Random(f"{seed}/{number}")
+    name = rng.choice([*files, "three.pkl", "four.pkl", "small.pt"])
+    damages = next(damages for end, damages in DAMAGES.items() if name.endswith(end))
+    data = files[name]
+    for _ in range(rng.choice([1, 1, 1, 2])):
+        if data:
+            try:
+                data = rng.choice(damages)(rng, data)
+            except Exception:  # the first damage left nothing that the second can work on
+                break
+    return Path(name).suffix, data
+
+
+# ----------------------------------------------------------------------------------------------
+# The check
+
+_hoard = []
+LOADERS = {  # faulty ones
+    "slow": lambda path: time.sleep(0) or sum(i for i in range(10**9)),
+    "large": lambda path: _hoard.append(torch.ones(2**29)),
+    "crash": lambda path: signal.raise_signal(signal.SIGSEGV),
+    "type": lambda path: [][path],
+    "lines": lambda path: _raise(CheckpointError(f"{path}: one\ntwo")),
+    "path": lambda path: _raise(CheckpointError("somewhere: something")),
+}
+
+
+def _raise(error):
+    raise error
+
+
+def limit_memory():
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + BYTES, now + BYTES))
+
+
+def fault(load, path):
+    """What `load` does wrong with the file, or None; and whether it loads."""
+    try:
+        load(path)
+        return None, True
+    except CheckpointError as error:
+        message = str(error)
+        if not message.startswith(f"{path}: ") or "\n" in message or len(message) > 600:
+            return f"message {message[:300]!r}", False
+        cause = error.__cause__
+        if isinstance(cause, MemoryError) or "can't allocate" in str(cause):
+            return f"memory: {cause!r:.300}", False
+        return None, False
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"[:300], False
+
+
+def main(seed, count, folder, loader="load_generator"):
+    folder = Path(folder)
+    load = {"load_generator": load_generator, **LOADERS}[loader]
+    files = seeds(folder)
+    for name, data in files.items():  # they load, and what torch imports late is imported
+        path = folder / f"seed{Path(name).suffix}"
+        path.write_bytes(data)
+        load_generator(path)
+    warnings.simplefilter("ignore")  # entries that are ignored
+    if sys.platform == "linux":
+        limit_memory()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    loaded, slowest = 0, 0.0
+    for number in range(count):
+        suffix, data = damaged(files, seed, number)
+        path = folder / f"{number}{suffix}"
+        path.write_bytes(data)
+        start = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # its signal kills
+        found, ok = fault(load, path)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        seconds = time.process_time() - start
+        if found is None and seconds > SECONDS:
+            found = f"{seconds:.1f} s"
+        if found:
+            print(json.dumps({"file": path.name, "fault": found}), flush=True)
+        else:
+            path.unlink()
+        loaded, slowest = loaded + ok, max(slowest, seconds)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    summary = {"files": count, "loaded": loaded, "slowest_s": slowest, "growth_mb": peak}
+    print(json.dumps(summary), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
