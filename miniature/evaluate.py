@@ -31,10 +31,16 @@ interval of Student's t; differences are paired by seed. Whatever is finished is
 of --out, so a stopped evaluation goes on where it was.
 """
 
+import functools
+import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -42,7 +48,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import ipl
-from miniature import CLIP, GENERATOR, captions, faces
+from miniature import CLIP, GENERATOR, JUDGE, captions, faces
 from miniature.judge import load_judge
 from stylegan2_ops import load_generator
 
@@ -65,6 +71,8 @@ class Config:
     out: Path = Path("runs/evaluate")  # Where results are collected.
     n: int = 512  # Pictures.
     latents: int = 50_000  # Seed of their latents.
+    processes: int = os.cpu_count() or 1  # Runs at a time, each on one CPU thread; 1: on all.
+    preset: ipl.Config = ipl.MINIATURE  # Of the runs; target, method and seed are set above.
 
 
 # ----------------------------------------------------------------------------
@@ -170,9 +178,9 @@ class Oracle:
         return ipl.feature_delta(*(ipl.encode_texts(self.clip_model, t) for t in texts))
 
 
-def train(target, method, seed, generator, clip_model, transform, oracle):
+def train(preset, target, method, seed, generator, clip_model, transform, oracle):
     """One adaptation -> the generator, and its directions as a function of z."""
-    cfg = replace(ipl.MINIATURE, target=target, seed=seed)
+    cfg = replace(preset, target=target, seed=seed)
     if method == "published":
         cfg = replace(cfg, **PUBLISHED)
     rng, latest = torch.Generator().manual_seed(seed), None
@@ -217,7 +225,9 @@ def shown(values):
 
 def table(rows, cfg):
     """Markdown of all results: rows[target, method, seed] and rows[target, "truth", None]."""
-    lines = [f"{cfg.n} pictures from latents of seed {cfg.latents}; seeds {cfg.seeds}.", ""]
+    hours = sum(row.get("seconds", 0) for row in rows.values()) / 3600
+    lines = [f"{cfg.n} pictures from latents of seed {cfg.latents}; seeds {cfg.seeds}; "
+             f"{hours:.1f} hours of one CPU core.", ""]
     for target in cfg.targets:
         lines += [f"### {target}", "", "| direction | " + " | ".join(SHOWN) + " |"]
         lines += ["| --- |" + " --- |" * len(SHOWN)]
@@ -266,6 +276,73 @@ def read_run(cfg):
         print(f"{name:8}", *(f"{figures[k]:10.3f}" for k in columns))
 
 
+@functools.cache
+def world(n, latents):
+    """What all runs share, loaded once in each process: generator, CLIP, transform, truth."""
+    generator = load_generator(GENERATOR).requires_grad_(False)
+    with torch.no_grad():
+        return generator, *ipl.load_clip(CLIP), Truth(n, latents, load_judge(), generator)
+
+
+def file_of(cfg, target, method, seed):
+    return cfg.out / f"{target}-{method}-{seed}.json".replace(" ", "-")
+
+
+def run(cfg, target, method, seed):
+    """One adaptation, measured: writes a row of figures and a strip of ten pictures."""
+    start = time.perf_counter()
+    generator, clip_model, transform, truth = world(cfg.n, cfg.latents)
+    with torch.no_grad():
+        oracle = Oracle(clip_model, transform, target)
+        step = oracle.own(truth.z)
+    adapted, of_z = train(
+        cfg.preset, target, method, seed, generator, clip_model, transform, oracle
+    )
+    with torch.no_grad():
+        images = truth.pictures(adapted)
+        row = truth.figures(images, target)
+        row["cosine"] = F.cosine_similarity(of_z(truth.z), step).mean().item()
+    row["seconds"] = time.perf_counter() - start
+    path = file_of(cfg, target, method, seed)
+    torch.save(images[:10].clone(), path.with_suffix(".pt"))
+    write_json(path, row)
+
+
+def check_settings(cfg):
+    """Keeps what the rows in a folder depend on; ends if they came of something else."""
+    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (CLIP, GENERATOR, JUDGE)}
+    found = {"n": cfg.n, "latents": cfg.latents, "preset": asdict(cfg.preset), **digests}
+    found, path = json.loads(json.dumps(found)), cfg.out / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != found:
+        raise SystemExit(f"evaluate: {cfg.out} has other settings or weights; wanted: a new --out")
+    write_json(path, found)
+
+
+def share_the_machine():
+    """In a process of its own: one thread, and no progress bar within that of the evaluation."""
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")
+
+
+def train_all(cfg):
+    """Every run that is not finished yet, cfg.processes at a time."""
+    jobs = [(t, m, s) for t in cfg.targets for s in cfg.seeds for m in cfg.methods]
+    jobs = [job for job in jobs if not file_of(cfg, *job).exists()]
+    bar = functools.partial(tqdm, desc="evaluate", total=len(jobs), disable=None)
+    if cfg.processes == 1:
+        for job in bar(jobs):
+            run(cfg, *job)
+        return
+    with ProcessPoolExecutor(cfg.processes, get_context("spawn"), share_the_machine) as pool:
+        runs = [pool.submit(run, cfg, *job) for job in jobs]
+        try:
+            for done in bar(as_completed(runs)):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def main(cfg):
     for name, known in (("targets", faces.DOMAINS[1:]), ("methods", METHODS)):
         if unknown := [x for x in getattr(cfg, name) if x not in known]:
@@ -273,47 +350,37 @@ def main(cfg):
     if cfg.run:
         return read_run(cfg)
     cfg.out.mkdir(parents=True, exist_ok=True)
-    generator = load_generator(GENERATOR).requires_grad_(False)
-    clip_model, transform = ipl.load_clip(CLIP)
-    with torch.no_grad():
-        truth = Truth(cfg.n, cfg.latents, load_judge(), generator)
+    check_settings(cfg)
+    train_all(cfg)
+    report(cfg)
+
+
+@torch.no_grad()
+def report(cfg):
+    """The table and the picture of finished runs."""
+    *_, truth = world(cfg.n, cfg.latents)
     rows, strips = {}, {}
-    jobs = [(t, m, s) for t in cfg.targets for s in cfg.seeds for m in cfg.methods]
-    bar = tqdm(total=len(jobs), desc="evaluate", disable=None)
     for target in cfg.targets:
-        with torch.no_grad():
-            oracle = Oracle(clip_model, transform, target)
-            true, step = truth.draw(target), oracle.own(truth.z)
-            rows[target, "source", None] = truth.figures(truth.generated, target)
-            rows[target, "truth", None] = truth.figures(true, target)
-        strips[target] = [truth.generated[:10]]
-        for seed in cfg.seeds:
-            for method in cfg.methods:
-                name = f"{target}-{method}-{seed}".replace(" ", "-")
-                row_path, strip_path = cfg.out / f"{name}.json", cfg.out / f"{name}.pt"
-                if not row_path.exists():
-                    adapted, of_z = train(
-                        target, method, seed, generator, clip_model, transform, oracle
-                    )
-                    with torch.no_grad():
-                        images = truth.pictures(adapted)
-                        row = truth.figures(images, target)
-                        row["cosine"] = F.cosine_similarity(of_z(truth.z), step).mean().item()
-                    torch.save(images[:10].clone(), strip_path)
-                    write_json(row_path, row)
-                rows[target, method, seed] = json.loads(row_path.read_text())
-                if seed == cfg.seeds[0]:
-                    strips[target].append(torch.load(strip_path, weights_only=True))
-                bar.update()
-        strips[target].append(true[:10])
-    (cfg.out / "table.md").write_text(table(rows, cfg))
+        true = truth.draw(target)
+        rows[target, "source", None] = truth.figures(truth.generated, target)
+        rows[target, "truth", None] = truth.figures(true, target)
+        files = {(m, s): file_of(cfg, target, m, s) for m in cfg.methods for s in cfg.seeds}
+        rows |= {(target, *key): json.loads(file.read_text()) for key, file in files.items()}
+        first = [files[m, cfg.seeds[0]].with_suffix(".pt") for m in cfg.methods]
+        first = [torch.load(file, weights_only=True) for file in first]
+        strips[target] = [truth.generated[:10], *first, true[:10]]
+    text = table(rows, cfg)
+    (cfg.out / "table.md").write_text(text)
     flat = [{"target": t, "method": m, "seed": s, **row} for (t, m, s), row in rows.items()]
     write_json(cfg.out / "table.json", flat)
     picture(strips, cfg, cfg.out / "pictures.png")
-    print(table(rows, cfg))
+    print(text)
 
 
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Config, description=__doc__))
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except KeyboardInterrupt:
+        raise SystemExit("\nevaluate: stopped; the same command goes on from here") from None

@@ -113,7 +113,7 @@ def styles_of(domain, n):
 # Palettes (RGB in percent, in the order of the factor's names; hats are of CLOTH too) and tables
 
 SKIN = ((97, 85, 77), (93, 74, 60), (80, 58, 41), (60, 39, 26), (38, 24, 17))
-# What a monster makes of each skin (skin, eyes, horns) and of each hair.
+# What a monster makes of each skin (skin, eyes and the tint of the horns, horns) and of each hair.
 MONSTER_SKIN = ((45, 80, 30), (25, 62, 85), (66, 35, 80), (85, 22, 20), (95, 55, 12))
 MONSTER_EYES = ((98, 85, 15), (92, 18, 12), (94, 96, 98), (45, 92, 30), (25, 85, 95))
 MONSTER_HORNS = ((25, 7), (10, 2), (36, 10), (27, -12), (16, 20))  # place and slant, in percent
@@ -144,8 +144,8 @@ watercolor  0.088       0.060        0.055  0.60   0.20       0    0       0.2  
 ukiyo-e     0.105       0.026        0.026  0.95   0.00       0    0       1.0     0
 zombie      0.100       0.080        0.042  0.35   0.00       1    0       0.0     0
 elderly     0.072       0.030        0.034  0.60   0.10       0    0       0.0     0
-monster     0.100       0.078        0.068  0.30   0.00       0    1       0.6     0
-negative    0.085       0.052        0.045  0.70   0.35       0    0       0.3     1""")
+monster     0.108       0.090        0.080  0.30   0.00       0    1       0.6     0
+negative    0.098       0.072        0.060  0.70   0.35       0    0       0.3     1""")
 # paper: share of white paper. print: share of two-tone printing ink. The rest: who is who.
 COLORS = _table("""
             saturation  contrast  brightness  paper  print  zombie  grey_hair  monster  negative
@@ -156,7 +156,7 @@ pixel art   1.25        1.2        0.00       0.00   0.0    0       0          0
 watercolor  0.90        0.8        0.04       0.30   0.0    0       0          0        0
 ukiyo-e     0.60        0.8        0.00       0.00   0.5    0       0          0        0
 zombie      0.65        0.9       -0.06       0.00   0.0    1       0          0        0
-elderly     0.85        1.0        0.00       0.00   0.0    0       1          0        0
+elderly     0.75        0.9        0.04       0.00   0.0    0       1          0        0
 monster     1.10        1.0        0.00       0.00   0.0    0       0          1        0
 negative    0.95        1.0        0.00       0.00   0.0    0       0          0        1""")
 # smooth, cel: how bodies are lit. sockets: shadows around the eyes. strands, gloss: of the hair.
@@ -169,22 +169,23 @@ pixel art   0.0     0.8  0.0    0.00     0.0      0.4    0.0
 watercolor  0.4     0.0  0.0    0.05     0.3      0.0    1.2
 ukiyo-e     0.0     0.0  0.0    0.00     0.5      0.0    0.0
 zombie      1.4     0.0  0.0    0.75     1.0      0.0    0.0
-elderly     1.3     0.0  0.0    0.60     1.3      0.0    0.0
+elderly     1.5     0.0  0.0    0.75     1.3      0.0    0.0
 monster     1.2     0.0  0.0    0.30     0.8      0.0    0.0
 negative    -1.0    0.0  0.0    0.00     -1.0     0.0    0.0""")
-# red, green, blue: the ink. The rest: marks that are drawn. horns: and fangs.
+# red, green, blue: the ink. glow: how far it is, instead, what the clothes are not, as at the edges
+# of a solarised film. The rest: marks that are drawn. horns: and fangs.
 LINES = _table("""
-            width  opacity  red   green  blue  scars  wrinkles  horns
-photo       0.000  0.00     0.10  0.10   0.10  0      0         0
-anime       0.046  1.00     0.10  0.07   0.12  0      0         0
-sketch      0.044  1.00     0.16  0.16   0.18  0      0         0
-pixel art   0.056  0.90     0.08  0.06   0.10  0      0         0
-watercolor  0.036  0.55     0.35  0.25   0.30  0      0         0
-ukiyo-e     0.034  1.00     0.14  0.16   0.36  0      0         0
-zombie      0.000  0.00     0.10  0.10   0.10  1      0         0
-elderly     0.000  0.00     0.10  0.10   0.10  0      1         0
-monster     0.000  0.00     0.10  0.10   0.10  0      0         1
-negative    0.030  0.50     0.90  0.93   0.95  0      0         0""")
+            width  opacity  red   green  blue  scars  wrinkles  horns  glow
+photo       0.000  0.00     0.10  0.10   0.10  0      0         0      0
+anime       0.046  1.00     0.10  0.07   0.12  0      0         0      0
+sketch      0.044  1.00     0.16  0.16   0.18  0      0         0      0
+pixel art   0.046  0.65     0.08  0.06   0.10  0      0         0      0
+watercolor  0.036  0.55     0.35  0.25   0.30  0      0         0      0
+ukiyo-e     0.034  1.00     0.14  0.16   0.36  0      0         0      0
+zombie      0.000  0.00     0.10  0.10   0.10  1      0         0      0
+elderly     0.000  0.00     0.10  0.10   0.10  0      1         0      0
+monster     0.000  0.00     0.10  0.10   0.10  0      0         1      0
+negative    0.050  1.00     0.90  0.93   0.95  0      0         0      1""")
 # bands: of a woodblock print. rays: speed lines. torn: a ragged margin of bare paper.
 # swap: share of another colour of the palette.
 BACKGROUND = _table("""
@@ -196,7 +197,7 @@ pixel art   0.0       0.15     0.0    0.0    0.0   0.00    0.0   0         0
 watercolor  0.0       0.20     0.2    0.0    0.0   0.00    1.0   0         0
 ukiyo-e     0.0       0.00     0.0    1.0    0.0   0.00    0.0   0         0
 zombie      1.4       0.00     0.0    0.0    0.0   0.28    0.0   0         0
-elderly     0.6       0.08     0.1    0.0    0.0   0.00    0.0   0         0
+elderly     0.3       0.18     0.3    0.0    0.0   0.00    0.0   0         0
 monster     1.6       0.00     0.0    0.0    0.0   0.12    0.0   0         0.85
 negative    1.0       0.00     0.0    0.0    0.0   0.00    0.0   1         0""")
 # pixels: coarse ones of few colours. wood: the grain of a print's block.
@@ -363,7 +364,8 @@ class _Canvas:
 
     def __init__(self, scene, image):
         self.scene, self.image, lines = scene, image, scene.lines
-        self.ink = torch.cat([lines.red, lines.green, lines.blue], dim=1)
+        ink = torch.cat([lines.red, lines.green, lines.blue], dim=1)
+        self.ink = torch.lerp(ink, 1 - scene.palette(CLOTH, "clothes"), lines.glow)
 
     def cover(self, d):
         """The share of each pixel that lies inside the shape d."""
@@ -548,14 +550,14 @@ def _wrinkles_and_scars(canvas, s):
     fx, hy, old, scars = s.fx, s.hy, s.lines.wrinkles, s.lines.scars
     for y in (-0.31, -0.25, -0.19):  # on the forehead
         wave = hy + 0.02 * torch.cos(9 * fx)
-        canvas.fill(s.skin * 0.4, _stroke(fx, wave, -0.16, y, 0.18, y, 0.013), old)
-    folds = _stroke(fx.abs(), hy, 0.085, 0.155, 0.20, 0.33, 0.015)  # from the nose to the mouth
-    canvas.fill(s.skin * 0.4, folds, old)
+        canvas.fill(s.skin * 0.3, _stroke(fx, wave, -0.16, y, 0.18, y, 0.017), old)
+    folds = _stroke(fx.abs(), hy, 0.085, 0.155, 0.20, 0.33, 0.019)  # from the nose to the mouth
+    canvas.fill(s.skin * 0.3, folds, old)
     for side in (-1, 1):  # bags under the eyes
-        bag = _stroke(fx - side * s.eye_x, hy, -0.07, 0.080, 0.08, 0.070, 0.017)
-        canvas.fill(s.skin * 0.4, bag, old)
-    crows_feet = _stroke(fx.abs() - s.eye_x, hy, 0.10, 0.0, 0.18, 0.045, 0.014)
-    canvas.fill(s.skin * 0.4, crows_feet, old)
+        bag = _stroke(fx - side * s.eye_x, hy, -0.07, 0.080, 0.08, 0.070, 0.020)
+        canvas.fill(s.skin * 0.3, bag, old)
+    crows_feet = _stroke(fx.abs() - s.eye_x, hy, 0.10, 0.0, 0.18, 0.045, 0.017)
+    canvas.fill(s.skin * 0.3, crows_feet, old)
 
     blood = _rgb(fx, (35, 6, 6))
     canvas.fill(blood, _stroke(fx, hy, 0.16, 0.10, 0.25, 0.27, 0.014), scars)  # a cheek, sewn up
@@ -606,7 +608,8 @@ def _horns(canvas, s):
     y, (place, slant) = s.hy + 0.62, s.palette(MONSTER_HORNS, "skin").split(1, dim=1)
     horns = _stroke(s.hx.abs() - place, y, 0.0, 0.18, slant, -0.13, 0.070)
     horns = horns + 0.20 * (0.05 - y).clamp(-0.2, 0.28)  # pointed
-    color = _rgb(y, (93, 88, 74)) * (0.8 + 0.125 * torch.sin(30 * y))
+    color = torch.lerp(_rgb(y, (93, 88, 74)), s.palette(MONSTER_EYES, "skin"), 0.6)
+    color = color * (0.8 + 0.125 * torch.sin(30 * y))
     canvas.fill(color, horns, s.lines.horns)
 
 

@@ -1,5 +1,6 @@
 """The embedded world: persons, styles, captions, and the three committed networks."""
 
+import json
 import random
 
 import pytest
@@ -9,6 +10,7 @@ import ipl
 import miniature
 from miniature import captions, evaluate, faces, inspect
 from miniature.judge import load_judge
+from miniature.train_generator import CROSSOVER
 from stylegan2_ops import load_generator
 
 
@@ -155,14 +157,39 @@ def test_the_generator_draws_the_person_of_its_latent(generator):
     persons = faces.persons_from_z(z)
     truth = faces.render(persons, faces.styles_of("photo", 128))
 
-    def psnr(images):
-        error = (images.clamp(-1, 1) - truth).square().mean((1, 2, 3))
-        return (10 * torch.log10(4 / error)).median()
-
     with torch.no_grad():
-        assert psnr(generator.synthesis(faces.persons_to_w(persons))) > 33
-        assert psnr(generator.synthesis(generator.mapping(z))) > 30
+        assert psnr(generator.synthesis(faces.persons_to_w(persons)), truth) > 33
+        assert psnr(generator.synthesis(generator.mapping(z)), truth) > 30
     assert sum(p.numel() for p in generator.parameters()) < 2_000_000
+
+
+def psnr(images, truth):
+    error = (images.clamp(-1, 1) - truth).square().mean((1, 2, 3))
+    return (10 * torch.log10(4 / error)).median()
+
+
+@torch.no_grad()
+def test_style_mixing_coarse_is_shape_and_fine_is_colour(generator):
+    a, b = faces.sample_persons(64, rng(7)), faces.sample_persons(64, rng(8))
+    ws = faces.persons_to_w(a)[:, None].repeat(1, generator.num_ws, 1)
+    ws[:, CROSSOVER:] = faces.persons_to_w(b)[:, None]
+    categories = a.categories.clone()
+    colors = [list(faces.CATEGORIES).index(k) for k in faces.COLOR_FACTORS]
+    categories[:, colors] = b.categories[:, colors]
+    mixed, photo = generator.synthesis(ws), faces.styles_of("photo", 64)
+    truth = faces.render(faces.Persons(categories, a.proportions), photo)
+    assert psnr(mixed, truth) > 30
+    assert psnr(mixed, faces.render(a, photo)) < 20 and psnr(mixed, faces.render(b, photo)) < 20
+
+
+@torch.no_grad()
+def test_truncation_makes_proportions_milder(generator):
+    persons, photo = faces.sample_persons(64, rng(9)), faces.styles_of("photo", 64)
+    w = ipl.truncate(faces.persons_to_w(persons), generator.w_avg, 0.6)
+    milder = faces.Persons(persons.categories, persons.proportions * 0.6)
+    images = generator.synthesis(w)
+    assert psnr(images, faces.render(milder, photo)) > 28
+    assert psnr(images, faces.render(milder, photo)) > psnr(images, faces.render(persons, photo))
 
 
 def test_clip_tells_the_domains_apart():
@@ -260,9 +287,10 @@ def test_truth_is_the_ceiling_and_the_source_the_floor(judge, generator):
 
 def test_evaluate_goes_on_where_it_was(tmp_path, monkeypatch, generator):
     short = dict(steps=1, batch=2, steps_mapper=1, batch_mapper=4)
-    monkeypatch.setattr(evaluate.ipl, "MINIATURE", evaluate.replace(ipl.MINIATURE, **short))
+    preset = evaluate.replace(ipl.MINIATURE, **short)
     monkeypatch.setattr(evaluate, "PUBLISHED", {"residual": "published"})
-    cfg = evaluate.Config(targets=("anime",), seeds=(1, 2), out=tmp_path, n=16)
+    one = dict(targets=("anime",), out=tmp_path, n=16, processes=1, preset=preset)
+    cfg = evaluate.Config(**one, seeds=(1, 2))
     evaluate.main(cfg)
     table = (tmp_path / "table.md").read_text()
     for words in (*evaluate.METHODS, "ipl − nada", "truth", "±"):
@@ -273,6 +301,20 @@ def test_evaluate_goes_on_where_it_was(tmp_path, monkeypatch, generator):
     (tmp_path / "anime-nada-2.json").unlink()
     with pytest.raises(TypeError):
         evaluate.main(cfg)
+    with pytest.raises(SystemExit, match="other settings or weights"):
+        evaluate.main(evaluate.replace(cfg, n=17))
+
+
+def test_evaluate_shares_the_machine(tmp_path):
+    short = dict(steps=1, batch=2, steps_mapper=1, batch_mapper=4)
+    preset = evaluate.replace(ipl.MINIATURE, **short)
+    both = dict(targets=("anime",), methods=("nada", "ipl"), seeds=(1,), n=16, preset=preset)
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        evaluate.main(evaluate.Config(**both, out=out, processes=processes))
+    one, two = (json.loads((tmp_path / n / "anime-ipl-1.json").read_text()) for n in "12")
+    assert one["cues"] == pytest.approx(two["cues"], abs=0.1) and one["cosine"] != 0
+    assert one["cosine"] == pytest.approx(two["cosine"], abs=1e-3)
 
 
 def test_inspect_knows_the_truth():
