@@ -137,9 +137,10 @@ def test_other_types_are_read_as_float32(save, checkpoint):
 
 
 def test_missing_file_and_folder(tmp_path):
+    wanted = "; wanted: a StyleGAN2 checkpoint (.pt, .pkl, .safetensors) or the URL of one"
     for name in ("none.pt", "none.safetensors"):
-        assert refusal(tmp_path / name) == ": No such file or directory"
-    assert refusal(tmp_path) == ": Is a directory"
+        assert refusal(tmp_path / name) == ": No such file or directory" + wanted
+    assert refusal(tmp_path) == ": Is a directory" + wanted
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
