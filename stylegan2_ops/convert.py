@@ -20,10 +20,11 @@ def convert(source: str, target: Path, /):
             ".safetensors, in a folder that is there"
         )
     write_checkpoint(read_checkpoint(source), target)
+    print(f"{target}: the generator of {source}")
 
 
 def inspect(source: str, /):
-    """What is in a checkpoint (a file or a URL), in words, a line for each fact.
+    """Print what is in a checkpoint (a file or a URL), a line for each fact.
 
     Raises CheckpointError if it cannot be read.
     """
@@ -52,4 +53,4 @@ def inspect(source: str, /):
         "training state": ", ".join(training) or "none",
         "unknown": some(unknown) or "nothing",
     }
-    return "\n".join(f"{name:16}{value}" for name, value in facts.items())
+    print("\n".join(f"{name:16}{value}" for name, value in facts.items()))

@@ -10,6 +10,7 @@ import safetensors
 import torch
 
 from stylegan2_ops import CheckpointError, Generator, load_generator, save_generator
+from stylegan2_ops.checkpoints import write_whole
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "rosinality_tiny.pt"
@@ -88,6 +89,21 @@ def test_safetensors_carry_the_sizes(tmp_path):
     save_generator(load_generator(TINY), path)
     with safetensors.safe_open(path, "pt") as file:
         assert "latent_avg" in file.keys() and '"resolution": 32' in file.metadata()["config"]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def broken(aside):
+        aside.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        write_whole(path, broken)
+    assert os.listdir(tmp_path) == ["file.txt"] and path.read_text() == "old"
+    write_whole(path, lambda aside: aside.write_text("new"))
+    assert os.listdir(tmp_path) == ["file.txt"] and path.read_text() == "new"
 
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
