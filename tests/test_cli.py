@@ -260,7 +260,7 @@ def refused(capsys, *args):
 
 
 BAD = {
-    "no generator": (["--generator", "nowhere.pt"], "nowhere.pt: No such file or directory; wanted"),
+    "no generator": (["--generator", "nowhere.pt"], "nowhere.pt: No such file or directory;"),
     "no clip": (["--clip", "ViT-B/33"], "'ViT-B/33' is neither a file nor one of RN50"),
     "foreign generator": (["--generator", __file__], "test_cli.py"),
     "foreign clip": (["--clip", __file__], "cannot be loaded"),
