@@ -74,6 +74,7 @@ def _repeat(address, part, note, verified):
         try:
             return _attempt(address, part, note, verified)
         except urllib.error.HTTPError as error:
+            error.close()
             reason = f"HTTP status {error.code} {http.client.responses.get(error.code, '')}".strip()
             if error.code == 416:  # no such range: what is there is not a part of the file
                 part.unlink(missing_ok=True)
