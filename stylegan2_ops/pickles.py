@@ -243,12 +243,12 @@ def _dict():
     return {}
 
 
-def _tuple(items):
-    return tuple(items)
+def _size(numbers):
+    return tuple(_short(numbers))
 
 
 def _set(items=()):
-    return {_checked_key(item) for item in items}
+    return {_checked_key(item) for item in _short(items)}
 
 
 def _module(meta):
@@ -289,7 +289,7 @@ _NAMES = {
     ("__builtin__", "set"): _set,
     ("argparse", "Namespace"): _opaque,
     ("torch", "device"): _opaque,
-    ("torch", "Size"): _tuple,
+    ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _nested,
@@ -315,10 +315,19 @@ _SCRIPT = {  # and, in `_Run.find`, all classes of the archive itself
 
 
 def _checked_key(key):
-    """Text or an int. To hash or compare nested tuples can take any time, or the whole C stack."""
-    if type(key) not in (str, int):
+    """Text or a size. To hash or compare nested tuples can take any time, or the whole C stack;
+    and larger ints can all have the same hash, which makes a dict of them slow.
+    """
+    if type(key) is not str and not _is_size(key):
         raise UnpicklingError(f"a {type(key).__name__} as a key")
     return key
+
+
+def _short(items):
+    """A tuple or list as they are given to functions: one that is long could be given often."""
+    if type(items) not in (tuple, list) or len(items) > 8:
+        raise UnpicklingError("a call with something else or more than files have")
+    return items
 
 
 def _is_size(number):
@@ -404,7 +413,7 @@ class _Run:
         self.top(list).extend(values)
 
     def add_items(self, values):
-        self.top(set).update(_set(values))
+        self.top(set).update(map(_checked_key, values))
 
     def set_items(self, items):
         target = self.top(dict)
@@ -434,6 +443,7 @@ class _Run:
         function, args = self.last(2)
         if not isinstance(function, FunctionType) or type(args) is not tuple:
             raise UnpicklingError("a call of what is no function")
+        args = _short(args)
         return function(self.operations, *args) if function is _nested else function(*args)
 
     def persistent_id(self):
