@@ -28,8 +28,8 @@ Usage
   python ipl.py --source photo --target anime                           the miniature, on a CPU
   python ipl.py --generator ffhq.pkl --clip ViT-B/32 --target Disney    any StyleGAN2
   python ipl.py sample | convert | inspect --help
-To copy it: the file needs torch, numpy and clip; train_mapper and adapt_generator take any
-generator that fits the protocol of section 1.
+To copy it: the file needs torch, numpy and clip (which brings tqdm); train_mapper and
+adapt_generator take any generator that fits the protocol of section 1.
 
 Where it departs from the published code (its file:line in brackets)
  1. Residual prompts. The published code adds the feature of a fixed text to that of the learned
@@ -70,6 +70,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import trange
 
 with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, which is deprecated
     import clip
@@ -82,8 +83,7 @@ with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, wh
 class Config:
     source: str = "photo"  # What the generator draws, in words.
     target: str = "anime"  # What it shall draw, in words.
-    # StyleGAN2 checkpoint of the source domain, a file or URL. None: the miniature world, with its
-    # own defaults.
+    # StyleGAN2 checkpoint of the source domain, a file or URL. None: the miniature and its defaults.
     generator: str | None = None
     class_index: int | None = None  # The class that a conditional generator draws.
     # CLIPs, each a name of clip.available_models() or a file. None: the miniature's, or ViT-B/32.
@@ -463,15 +463,6 @@ def random_inputs(cfg, generator, rng, draw_z=None):
     return torch.no_grad()(lambda n: generator.mapping(draw_z(n).to(device))), noise
 
 
-def progress(steps, name):
-    """range(steps), as a bar where stderr is a terminal and tqdm is there."""
-    try:
-        from tqdm import trange
-    except ImportError:
-        return range(steps)
-    return trange(steps, desc=name, disable=None)
-
-
 def log_step(bar, history, stage, step, loss, parameters, **more):
     """Adds a row of numbers. Raises FloatingPointError if loss or gradient are not finite."""
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -484,8 +475,7 @@ def log_step(bar, history, stage, step, loss, parameters, **more):
                 f"stage {stage}, step {step}: {name} is {row[name]}; wanted: {wanted}"
             )
     history.append(row)
-    if not getattr(bar, "disable", True):
-        bar.set_postfix(loss=f"{row['loss']:.3f}")
+    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
 
 
 def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, draw_z=None):
@@ -510,7 +500,7 @@ def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, dra
 
     optimizer = torch.optim.Adam(mapper.parameters(), lr=cfg.lr_mapper)
     history = []
-    for step in (bar := progress(cfg.steps_mapper, "stage 1")):
+    for step in (bar := trange(cfg.steps_mapper, desc="stage 1", disable=None)):
         w = draw_w(cfg.batch_mapper)
         with torch.no_grad():
             image_features = E_I(generator.synthesis(w, rng=noise))
@@ -600,7 +590,7 @@ def adapt_generator(
     # 4/5: StyleGAN2's correction for regularising in every fourth step only, kept by NADA and IPL
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr * 4 / 5, betas=(0.0, 0.99 ** (4 / 5)))
     history = []
-    for step in (bar := progress(cfg.steps, "stage 2")):
+    for step in (bar := trange(cfg.steps, desc="stage 2", disable=None)):
         w = draw_w(cfg.batch)
         target.requires_grad_(False)
         chosen = range(num_ws)
@@ -730,12 +720,11 @@ def load_clips(cfg):
 
 def check_layers(cfg, generator):
     """That --num-layers and --freeze fit the generator, or a ValueError."""
-    names = [name for layer in generator.layers() for name, _ in layer.named_parameters()]
+    names = sorted({name for layer in generator.layers() for name, _ in layer.named_parameters()})
     if cfg.num_layers and cfg.num_layers > generator.num_ws:
         raise ValueError(f"--num-layers {cfg.num_layers}; wanted: at most {generator.num_ws}")
     if cfg.freeze and not 0 < sum(cfg.freeze in name for name in names) < len(names):
-        known = ", ".join(sorted(set(names)))
-        raise ValueError(f"--freeze {cfg.freeze} must fit some of {known}, and not all")
+        raise ValueError(f"--freeze {cfg.freeze} must fit some of {', '.join(names)}, not all")
 
 
 @torch.no_grad()
@@ -792,13 +781,9 @@ def adapt(cfg):
 
 
 def sample(
-    run: Path,
-    out: Path = Path("grid.png"),
-    n: int = 16,
-    seed: int = 1,
-    truncation_psi: float | None = None,
-    device: str = "auto",
-):
+    run: Path, out: Path = Path("grid.png"), n: int = 16, seed: int = 1,
+    truncation_psi: float | None = None, device: str = "auto",
+):  # fmt: skip
     """Draw new samples from a finished run: source row over target row of the same latents.
 
     Args:
@@ -838,10 +823,8 @@ def main(argv=None):
 
     argv = sys.argv[1:] if argv is None else argv
     own = any(word.startswith("--generator") for word in argv)
-    about = (
-        "Adapt a generator to a new domain, from words alone. The defaults below are the miniature "
-        "world's or, with --generator, the published ones. More commands: sample, convert, inspect."
-    )
+    about = """Adapt a generator to a new domain, from words alone. The defaults below are those of
+        the miniature or, with --generator, as published. Also: ipl.py sample, convert, inspect."""
     try:
         for command in (sample, convert, inspect):
             if argv[:1] == [command.__name__]:
