@@ -83,7 +83,7 @@ with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, wh
 class Config:
     source: str = "photo"  # What the generator draws, in words.
     target: str = "anime"  # What it shall draw, in words.
-    # StyleGAN2 checkpoint of the source domain, a file or URL. None: the miniature and its defaults.
+    # StyleGAN2 checkpoint of the source domain: file or URL. None: the miniature and its defaults.
     generator: str | None = None
     class_index: int | None = None  # The class that a conditional generator draws.
     # CLIPs, each a name of clip.available_models() or a file. None: the miniature's, or ViT-B/32.
