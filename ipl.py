@@ -25,10 +25,11 @@ R resolution, W = num_ws, the number of w inputs of the synthesis network.
   L_stage2 over G_target, and its moving average       adapt_generator     05_stage2
 
 Usage
-  python ipl.py --source photo --target anime                          the miniature world, on a CPU
-  python ipl.py --generator ffhq.pt --clip ViT-B/32 --target Disney    a real StyleGAN2
-To copy it: the file needs torch, numpy and clip; train_mapper and adapt_generator take any
-generator that fits the protocol of section 1.
+  python ipl.py --source photo --target anime                           the miniature, on a CPU
+  python ipl.py --generator ffhq.pkl --clip ViT-B/32 --target Disney    any StyleGAN2
+  python ipl.py sample | convert | inspect --help
+To copy it: the file needs torch, numpy and clip (which brings tqdm); train_mapper and
+adapt_generator take any generator that fits the protocol of section 1.
 
 Where it departs from the published code (its file:line in brackets)
  1. Residual prompts. The published code adds the feature of a fixed text to that of the learned
@@ -44,8 +45,7 @@ Where it departs from the published code (its file:line in brackets)
     [clip_loss.py:225-226; ZSSGAN.py:281-283]
  4. Images are resized for CLIP with antialiasing; torchvision 0.9, as used there, had none.
  5. CLIP runs in float32, there in float16. `--autocast` runs its image encoder in bfloat16.
- 6. n_ctx is a number of prompt vectors; there it is the number of words of ctx_init.
-    [train.py:79-80,112]
+ 6. n_ctx counts prompt vectors, there the words of ctx_init. [train.py:79-80,112]
  7. Samples are truncated towards the generator's own average; there it is drawn anew each time.
  8. Work that changes no number is left out: fixed texts are encoded once, prompts are not padded
     to 77 tokens, CLIP collects no gradients, and neither do weights in the layer choice.
@@ -54,15 +54,14 @@ Where it departs from the published code (its file:line in brackets)
 """
 
 import copy
-import json
 import math
 import re
 import shlex
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Protocol
@@ -71,6 +70,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import trange
 
 with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, which is deprecated
     import clip
@@ -83,10 +83,12 @@ with warnings.catch_warnings(action="ignore"):  # clip imports pkg_resources, wh
 class Config:
     source: str = "photo"  # What the generator draws, in words.
     target: str = "anime"  # What it shall draw, in words.
-    # StyleGAN2 checkpoint of the source domain. None: the miniature world, with its own defaults.
+    # StyleGAN2 checkpoint of the source domain: file or URL. None: the miniature and its defaults.
     generator: str | None = None
-    # CLIP, by a name of clip.available_models() or a file. None: the miniature's, or ViT-B/32.
-    clip: str | None = None
+    class_index: int | None = None  # The class that a conditional generator draws.
+    # CLIPs, each a name of clip.available_models() or a file. None: the miniature's, or ViT-B/32.
+    clip: tuple[str, ...] = ()
+    clip_weights: tuple[float, ...] = ()  # Weight of each CLIP in stage 2. None: 1.
     # Image-specific prompts; or NADA's one direction for all images, which needs no stage 1.
     method: Literal["ipl", "nada"] = "ipl"
     out: str | None = None  # Run folder. None: runs/<source>-to-<target>, or ...-nada.
@@ -172,8 +174,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def load_clip(name_or_path, device="cpu"):
     """A CLIP, frozen and in float32, and its transform of images.
 
-    A name goes to clip.load, which downloads the model once. A file is read here, tensors only:
-    clip.load of openai/CLIP cannot read a plain state dict. Raises ValueError, of one line.
+    A name goes to clip.load, which downloads the model once and knows its checksum. A file is a
+    state dict under OpenAI's key names, or a TorchScript archive, in which OpenAI publishes them.
+    Only tensors are read: torch.jit.load, as in clip.load, would compile and run an archive's code.
+    Raises ValueError, of one line.
     """
     name, names = str(name_or_path), clip.available_models()
     if name not in names and not Path(name).is_file():
@@ -182,8 +186,13 @@ def load_clip(name_or_path, device="cpu"):
         if name in names:
             clip_model, _ = clip.load(name, device="cpu", jit=False)
         else:
-            with warnings.catch_warnings(action="ignore"):
-                state_dict = torch.load(name, map_location="cpu", weights_only=True)
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    state_dict = torch.load(name, map_location="cpu", weights_only=True)
+            except RuntimeError:  # such as that this is a TorchScript archive
+                from stylegan2_ops.pickles import read_script
+
+                state_dict = read_script(Path(name).read_bytes())
             clip_model = clip.model.build_model(state_dict).float()
             clip_model.load_state_dict(state_dict)  # build_model has rounded it to float16
     except Exception as error:  # whatever a download or a foreign file can raise
@@ -408,20 +417,32 @@ def directional_loss(source_image_features, target_image_features, text_directio
     return (1 - (delta_image * delta_text).sum(dim=-1) / length).mean()
 
 
+def summed(cfg, loss):
+    """`loss` summed over CLIPs by cfg.clip_weights: of lists, with an entry for each CLIP."""
+
+    def total(*lists):
+        weights = cfg.clip_weights or [1.0] * len(lists[0])
+        return sum(weight * loss(*x) for weight, *x in zip(weights, *lists, strict=True))
+
+    return total
+
+
 # ----------------------------------------------------------------------------------------------
 # 6. Layer choice
 
 
-def select_layers(generator, encode_images, w, text_feature, k, *, lr=0.01, rng=None):
+def select_layers(
+    generator, encode_images, w, text_feature, k, *, lr=0.01, rng=None, loss=domain_loss
+):
     """The k of W inputs that matter most for a text: their indices, and the weights [W] of all.
 
     Take one step of SGD on the W+ codes of some images towards the text: the inputs that move
     furthest are those whose layers can bring it. That step is -lr * gradient, and only W+ needs
-    a gradient, no weight of the generator.
+    a gradient, no weight of the generator. loss: of what encode_images returns and text_feature.
     """
     w_plus = w[:, None].repeat(1, generator.num_ws, 1).requires_grad_()  # [B, W, w_dim]
     features = encode_images(generator.synthesis(w_plus, rng=rng))
-    (grad,) = torch.autograd.grad(domain_loss(features, text_feature), w_plus)
+    (grad,) = torch.autograd.grad(loss(features, text_feature), w_plus)
     weights = (lr * grad).abs().mean(dim=(0, 2))  # [W]
     return weights.topk(k).indices.tolist(), weights
 
@@ -442,42 +463,26 @@ def random_inputs(cfg, generator, rng, draw_z=None):
     return torch.no_grad()(lambda n: generator.mapping(draw_z(n).to(device))), noise
 
 
-def progress(steps, name):
-    """range(steps), as a bar where stderr is a terminal and tqdm is there."""
-    try:
-        from tqdm import trange
-    except ImportError:
-        return range(steps)
-    return trange(steps, desc=name, disable=None)
-
-
 def log_step(bar, history, stage, step, loss, parameters, **more):
-    """Adds a row to the history. Tensors stay on their device; every tenth step looks at them.
-
-    Raises FloatingPointError if the loss or its gradient is not finite.
-    """
+    """Adds a row of numbers. Raises FloatingPointError if loss or gradient are not finite."""
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     row = {"stage": stage, "step": step, "loss": loss, **more, "grad_norm": grad_norm}
-    row = {k: x.detach() if torch.is_tensor(x) else x for k, x in row.items()}
+    row = {k: x.item() if torch.is_tensor(x) else x for k, x in row.items()}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(row[name]):
+            wanted = f"a smaller rate ({'--lr-mapper' if stage == 1 else '--lr'})"
+            raise FloatingPointError(
+                f"stage {stage}, step {step}: {name} is {row[name]}; wanted: {wanted}"
+            )
     history.append(row)
-    if step % 10 == 0 or step + 1 == len(bar):
-        for name in ("loss", "grad_norm"):
-            if not row[name].isfinite():
-                raise FloatingPointError(
-                    f"stage {stage}, step {step}: {name} is {row[name]:f}; wanted: a smaller rate "
-                    f"({'--lr-mapper' if stage == 1 else '--lr'})"
-                )
-        if not getattr(bar, "disable", True):
-            shown = ("loss", "contrastive", "domain", "delta_image")
-            bar.set_postfix({k: f"{row[k]:.3f}" for k in shown if k in row})
-
-
-def to_floats(history):
-    return [{k: float(x) if torch.is_tensor(x) else x for k, x in row.items()} for row in history]
+    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
 
 
 def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, draw_z=None):
-    """Stage 1 -> the mapper, and a history with a dict of numbers for each step.
+    """Stage 1 -> the mapper of one CLIP, and a history with a dict of numbers for each step.
+
+    With several CLIPs, call it for each. Their mappers share nothing, and Adam does not see the
+    scale of a loss: the weighted sum of the losses would train each mapper as its own loss does.
 
     clip_model and generator are frozen. rng: a torch.Generator on the CPU, the only source of
     randomness. mapper: where to start, else a new one. draw_z: n -> z [n, z_dim], else normal.
@@ -495,7 +500,7 @@ def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, dra
 
     optimizer = torch.optim.Adam(mapper.parameters(), lr=cfg.lr_mapper)
     history = []
-    for step in (bar := progress(cfg.steps_mapper, "stage 1")):
+    for step in (bar := trange(cfg.steps_mapper, desc="stage 1", disable=None)):
         w = draw_w(cfg.batch_mapper)
         with torch.no_grad():
             image_features = E_I(generator.synthesis(w, rng=noise))
@@ -510,7 +515,7 @@ def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, dra
         optimizer.step()
         parts = {"contrastive": contrastive, "domain": domain, "domain_source": domain_source}
         log_step(bar, history, 1, step, loss, mapper.parameters(), **parts)
-    return mapper, to_floats(history)
+    return mapper, history
 
 
 # ----------------------------------------------------------------------------------------------
@@ -545,11 +550,14 @@ def crop_images(images, windows):
 
 
 def adapt_generator(
-    cfg, generator, clip_model, transform, directions, *, rng, target=None, layers=None, draw_z=None
-):
+    cfg, generator, clip_model, transform, directions, *, rng,
+    more=(), target=None, layers=None, draw_z=None,
+):  # fmt: skip
     """Stage 2 -> the moving average of the adapted generator, and a history.
 
     directions: w -> delta_text, [B, e] or [e]; from prompt_directions, label_direction, or yours.
+    more: further CLIPs, each (clip_model, transform, directions); the losses are summed, with
+    cfg.clip_weights.
     target: what to train, in place; else a copy of the generator, which itself stays as it is.
     layers: its W modules that w inputs choose, else target.layers(). rng, draw_z: as in stage 1;
     in each step the images' z is drawn before that of the layer choice. The average starts at
@@ -563,11 +571,17 @@ def adapt_generator(
         for network in (average, target)
     )
     draw_w, noise = random_inputs(cfg, source, rng, draw_z)
-    E_I = image_encoder(clip_model, transform, cfg.autocast)
+    clips = [(clip_model, transform, directions), *more]
+    encoders = [image_encoder(model, transform, cfg.autocast) for model, transform, _ in clips]
+    loss_of = summed(cfg, partial(directional_loss, eps=cfg.eps))
+
+    def E_I(images):  # of all CLIPs: a list of [B, e]
+        return [encode(images) for encode in encoders]
 
     k = cfg.num_layers or max(1, 2 * num_ws // 3)  # int(2 (2 log2(R) - 2) / 3) in the paper
     adaptive = cfg.layers == "adaptive" and k < num_ws
-    text = encode_texts(clip_model, cfg.target)[0]  # the bare label
+    texts = [encode_texts(model, cfg.target)[0] for model, *_ in clips]  # the bare label
+    text_loss = summed(cfg, domain_loss)
     trainable = [  # W lists of parameters
         [p for name, p in layer.named_parameters() if not (cfg.freeze and cfg.freeze in name)]
         for layer in layers or target.layers()
@@ -576,35 +590,38 @@ def adapt_generator(
     # 4/5: StyleGAN2's correction for regularising in every fourth step only, kept by NADA and IPL
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr * 4 / 5, betas=(0.0, 0.99 ** (4 / 5)))
     history = []
-    for step in (bar := progress(cfg.steps, "stage 2")):
+    for step in (bar := trange(cfg.steps, desc="stage 2", disable=None)):
         w = draw_w(cfg.batch)
         target.requires_grad_(False)
         chosen = range(num_ws)
         if adaptive:
             codes = draw_w(cfg.layer_batch)
-            chosen, _ = select_layers(target, E_I, codes, text, k, lr=cfg.layer_lr, rng=noise)
+            chosen, _ = select_layers(
+                target, E_I, codes, texts, k, lr=cfg.layer_lr, rng=noise, loss=text_loss
+            )
         for j in chosen:
             for p in trainable[j]:
                 p.requires_grad_()
 
         windows = random_windows(cfg.batch, cfg.crop, rng) if cfg.crop else None
         with torch.no_grad():
-            delta_text = directions(w)
+            delta_text = [direct(w) for *_, direct in clips]
             x_source = source.synthesis(w, rng=noise)
             source_features = E_I(crop_images(x_source, windows))
         x_target = target.synthesis(w, rng=noise)
         target_features = E_I(crop_images(x_target, windows))
-        loss = directional_loss(source_features, target_features, delta_text, cfg.eps)
+        loss = loss_of(source_features, target_features, delta_text)
 
         optimizer.zero_grad()  # to None, so that Adam passes over the layers not chosen
         loss.backward()
         optimizer.step()
         torch._foreach_lerp_(averaged, current, 1 - cfg.ema)
-        delta_image = feature_delta(source_features, target_features.detach()).norm(dim=-1).mean()
+        pairs = zip(source_features, target_features, strict=True)
+        delta_image = torch.cat([feature_delta(*pair).norm(dim=-1) for pair in pairs]).mean()
         parts = {"delta_image": delta_image, "layers": sorted(chosen)}
         log_step(bar, history, 2, step, loss, parameters, **parts)
     target.requires_grad_(False)
-    return average, to_floats(history)
+    return average, history
 
 
 # ----------------------------------------------------------------------------------------------
@@ -633,41 +650,6 @@ def sample_grid(source, target, *, n=8, seed=0, truncation_psi=0.7, columns=8):
     return grid.repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
 
 
-def write_whole(path, write):
-    """write(file aside), then rename: the file appears whole or not at all."""
-    aside = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def save_picture(grid, path):
-    from PIL import Image
-
-    write_whole(path, Image.fromarray(grid.numpy()).save)
-
-
-def save_curves(history, path, floor=None):
-    """A panel for every number of the history: losses, gradient norms, |delta_image|.
-
-    floor: the loss of true pairs in stage 2; training below it follows CLIP, not the domain.
-    """
-    from matplotlib.figure import Figure
-
-    numbers = ((row["stage"], k) for row in history for k, x in row.items() if type(x) is float)
-    panels = list(dict.fromkeys(numbers))
-    figure = Figure(figsize=(2.8 * len(panels), 2.8), layout="constrained")
-    for axes, (stage, name) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        axes.plot([row[name] for row in history if row["stage"] == stage])
-        axes.set(title=f"stage {stage}: {name}", xlabel="step")
-        if floor is not None and (stage, name) == (2, "loss"):
-            axes.axhline(floor, color="black", linestyle="--", label="true pairs")
-            axes.legend()
-    write_whole(path, figure.savefig)
-
-
 # ----------------------------------------------------------------------------------------------
 # 10. Command line
 
@@ -688,6 +670,9 @@ def check(cfg):
             value = getattr(cfg, name)
             if value is not None and not holds(value):
                 raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+    if weights := cfg.clip_weights:
+        if len(weights) != max(1, len(cfg.clip)) or not all(0 < x < math.inf for x in weights):
+            raise ValueError("--clip-weights must be a number above 0 for each CLIP of --clip")
     if not cfg.source.strip() or not cfg.target.strip():
         raise ValueError("--source or --target is empty; wanted: a domain in words, such as anime")
     if cfg.source.lower().split() == cfg.target.lower().split():  # CLIP reads lower case
@@ -707,142 +692,98 @@ def pick_device(name):
         raise ValueError(f"no device {name!r}; wanted: auto, cpu, cuda or cuda:<n>") from error
 
 
-@torch.no_grad()
-def floor_of_truth(cfg, generator, clip_model, transform, directions):
-    """Stage 2's loss of the true pairs, which the miniature alone has; else None."""
-    if cfg.generator:
-        return None
-    import miniature
-
-    pairs = miniature.true_pairs(cfg.source.strip(), cfg.target.strip())
-    if pairs is None:
-        return None
-    z, *images = (x.to(generator.w_avg.device) for x in pairs)
-    features = (clip_model.encode_image(transform(x)) for x in images)
-    return float(directional_loss(*features, directions(generator.mapping(z)), cfg.eps))
-
-
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"cannot write into {folder}: {error.strerror}") from error
-
-
 def load_frozen(cfg, path=None):
-    """The run's source generator, or another one."""
+    """The run's source generator, or another one of its kind."""
     from stylegan2_ops import load_generator
 
-    path = path or cfg.generator
-    if path is None:
+    if cfg.generator is None and path is None:
+        from miniature import GENERATOR as path
+    return load_generator(path or cfg.generator, pick_device(cfg.device), cfg.class_index)
+
+
+def load_clips(cfg):
+    """The run's CLIPs and their transforms, if they can read the run's texts."""
+    names = cfg.clip or ["ViT-B/32"]
+    if not cfg.clip and cfg.generator is None:
         import miniature
 
-        path = miniature.GENERATOR
-    if not Path(path).is_file():
-        raise ValueError(f"no file {str(path)!r}; wanted: a StyleGAN2 checkpoint for --generator")
-    return load_generator(path, pick_device(cfg.device))
-
-
-def load_reader(cfg):
-    """The run's CLIP and its transform, if it can read the run's texts."""
-    name = "ViT-B/32" if cfg.clip is None else cfg.clip
-    if cfg.clip is None and cfg.generator is None:
-        import miniature
-
-        name = miniature.CLIP
-        if unknown := [w for y in (cfg.source, cfg.target) for w in miniature.unknown_words(y)]:
-            raise ValueError(
-                f"the miniature's CLIP has never read {', '.join(unknown)}; it knows "
-                f"{', '.join(miniature.LABELS)}; for any words: --generator FILE --clip ViT-B/32"
-            )
-    clip_model, transform = load_clip(name, pick_device(cfg.device))
-    ctx = torch.zeros(1, cfg.n_ctx, clip_model.token_embedding.embedding_dim)
-    for label in (cfg.source, cfg.target):
-        construct_prompts(clip_model, ctx.to(clip_model.positional_embedding), label)
-        tokenize(clip_model, [f"{cfg.ctx_init} {label}.", *(t.format(label) for t in TEMPLATES)])
-    return clip_model, transform
+        miniature.check_labels(cfg.source, cfg.target)
+        names = [miniature.CLIP]
+    clips = [load_clip(name, pick_device(cfg.device)) for name in names]
+    for model, _ in clips:
+        ctx = model.ln_final.weight.expand(1, cfg.n_ctx, -1)  # any vectors of that width
+        for label in (cfg.source, cfg.target):
+            construct_prompts(model, ctx, label)
+            tokenize(model, [f"{cfg.ctx_init} {label}.", *(t.format(label) for t in TEMPLATES)])
+    return clips
 
 
 def check_layers(cfg, generator):
     """That --num-layers and --freeze fit the generator, or a ValueError."""
-    names = [name for layer in generator.layers() for name, _ in layer.named_parameters()]
+    names = sorted({name for layer in generator.layers() for name, _ in layer.named_parameters()})
     if cfg.num_layers and cfg.num_layers > generator.num_ws:
         raise ValueError(f"--num-layers {cfg.num_layers}; wanted: at most {generator.num_ws}")
     if cfg.freeze and not 0 < sum(cfg.freeze in name for name in names) < len(names):
-        known = ", ".join(sorted(set(names)))
-        raise ValueError(f"--freeze {cfg.freeze} must fit some of {known}, and not all")
+        raise ValueError(f"--freeze {cfg.freeze} must fit some of {', '.join(names)}, not all")
+
+
+@torch.no_grad()
+def floor_of_truth(cfg, generator, clips):
+    """Stage 2's loss of the true pairs, which the miniature alone has; else None."""
+    import miniature
+
+    pairs = None if cfg.generator else miniature.true_pairs(cfg.source, cfg.target)
+    if pairs is None:
+        return None
+    z, *images = (x.to(generator.w_avg.device) for x in pairs)
+    features = [[model.encode_image(transform(x)) for model, transform, _ in clips] for x in images]
+    delta_text = [direct(generator.mapping(z)) for *_, direct in clips]
+    return float(summed(cfg, partial(directional_loss, eps=cfg.eps))(*features, delta_text))
 
 
 def adapt(cfg):
     """The main job: from two words to a run folder, of which nothing is touched before the end."""
-    from safetensors.torch import save_file
-
-    from stylegan2_ops import save_generator
+    import run_folder
 
     check(cfg)
     name = re.sub(r"\W+", "-", f"{cfg.source.strip()}-to-{cfg.target.strip()}".lower())
     out = Path(cfg.out or f"runs/{name}{'-nada' * (cfg.method == 'nada')}")
-    files = "config.json mapper.safetensors generator.pt history.jsonl curves.png samples.png"
-    there = [name for name in files.split() if (out / name).exists()]
-    if folders := [name for name in there if (out / name).is_dir()]:
-        raise ValueError(f"{out / folders[0]} is a folder; wanted: another --out")
-    if there and not cfg.overwrite:
-        kind = "is a finished run" if "generator.pt" in there else f"has a {there[0]}"
-        raise ValueError(f"{out} {kind}; wanted: another --out, or --overwrite")
-    clip_model, transform = load_reader(cfg)
-    generator = load_frozen(cfg)
+    run_folder.check_free(out, cfg.overwrite)
+    clips, generator = load_clips(cfg), load_frozen(cfg)
     check_layers(cfg, generator)
-    make_folder(out)
+    run_folder.make_folder(out)
 
     rng = torch.Generator().manual_seed(cfg.seed)
     start = time.perf_counter()
-    mapper, history, directions = None, [], label_direction(cfg, clip_model)
-    if cfg.method == "ipl":
-        mapper, history = train_mapper(cfg, generator, clip_model, transform, rng=rng)
-        directions = prompt_directions(cfg, clip_model, mapper)
+    history, mappers = [], []
+    for i, (clip_model, transform) in enumerate(clips):
+        directions = label_direction(cfg, clip_model)
+        if cfg.method == "ipl":
+            mapper, rows = train_mapper(cfg, generator, clip_model, transform, rng=rng)
+            directions = prompt_directions(cfg, clip_model, mapper)
+            mappers.append(mapper)
+            history += rows if len(clips) == 1 else [{**row, "clip": cfg.clip[i]} for row in rows]
+        clips[i] = clip_model, transform, directions
     between = time.perf_counter()
-    adapted, rest = adapt_generator(cfg, generator, clip_model, transform, directions, rng=rng)
+    adapted, rows = adapt_generator(cfg, generator, *clips[0], rng=rng, more=clips[1:])
     end = time.perf_counter()
 
-    history += rest
-    found = {k: str(Path(x).resolve()) for k in ("generator", "clip")
-             if (x := getattr(cfg, k)) and Path(x).is_file()}
-    described = json.dumps(asdict(replace(cfg, **found)), indent=2) + "\n"
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in history)
-    (out / "mapper.safetensors").unlink(missing_ok=True)
-    if mapper:
-        write_whole(out / "mapper.safetensors", lambda file: save_file(mapper.state_dict(), file))
-    write_whole(out / "config.json", lambda file: file.write_text(described))
-    write_whole(out / "history.jsonl", lambda file: file.write_text(lines))
-    save_generator(adapted, out / "generator.pt")
-    floor = floor_of_truth(cfg, generator, clip_model, transform, directions)
-    save_curves(history, out / "curves.png", floor)
-    psi = cfg.truncation_psi
+    floor, psi = floor_of_truth(cfg, generator, clips), cfg.truncation_psi
     grid = sample_grid(generator, adapted, n=cfg.samples, seed=cfg.seed, truncation_psi=psi)
-    save_picture(grid, out / "samples.png")
-
-    given = [(name, getattr(cfg, name)) for name in ("source", "generator", "clip")]
-    again = "python ipl.py" + "".join(f" --{name} {shlex.quote(x)}" for name, x in given if x)
-    other = "ipl" if cfg.method == "nada" else "nada"
+    run_folder.save_run(out, asdict(cfg), mappers, adapted, history + rows, floor, grid)
     print(
         f"{out / 'samples.png'}: {cfg.source} above, {cfg.target} below, from the same latents\n"
         f"stage 1 {between - start:.0f} s, stage 2 {end - between:.0f} s; next:\n"
         f"  python ipl.py sample --run {shlex.quote(str(out))} --n 16 --seed 1 --out grid.png\n"
-        f"  {again} --target {shlex.quote(cfg.target)} --method {other}\n"
-        f"  {again} --target {'sketch' if 'zombie' in cfg.target else 'zombie'}\n"
+        f"  the same command with --method {'ipl' if cfg.method == 'nada' else 'nada'}\n"
         "  python ipl.py --generator FILE --clip ViT-B/32 --target 'any words'"
     )
 
 
 def sample(
-    run: Path,
-    out: Path = Path("grid.png"),
-    n: int = 16,
-    seed: int = 1,
-    truncation_psi: float | None = None,
-    device: str = "auto",
-):
+    run: Path, out: Path = Path("grid.png"), n: int = 16, seed: int = 1,
+    truncation_psi: float | None = None, device: str = "auto",
+):  # fmt: skip
     """Draw new samples from a finished run: source row over target row of the same latents.
 
     Args:
@@ -853,20 +794,24 @@ def sample(
         truncation_psi: Truncation. None: that of the run.
         device: auto, cpu, cuda or cuda:<n>.
     """
-    if not (run / "generator.pt").is_file():
+    import run_folder
+
+    adapted = run_folder.find_generator(run)
+    if adapted is None:
         raise ValueError(f"{run} is no finished run; wanted: a folder with a generator.pt")
     if out.suffix != ".png" or out.is_dir():
         raise ValueError(f"--out {out} is no name of a picture; wanted: a .png file")
     try:
-        cfg = Config(**json.loads((run / "config.json").read_text()))
+        cfg = Config(**run_folder.read_config(run))
         psi = cfg.truncation_psi if truncation_psi is None else truncation_psi
         cfg = replace(cfg, seed=seed, truncation_psi=psi, samples=n, device=device)
         check(cfg)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{run / 'config.json'}, or what was asked for: {error}") from error
-    source, target = load_frozen(cfg), load_frozen(cfg, run / "generator.pt")
-    make_folder(out.parent)
-    save_picture(sample_grid(source, target, n=n, seed=seed, truncation_psi=psi), out)
+    source, target = load_frozen(cfg), load_frozen(cfg, adapted)
+    run_folder.make_folder(out.parent)
+    grid = sample_grid(source, target, n=n, seed=seed, truncation_psi=psi)
+    run_folder.save_picture(grid, out)
     print(f"{out}: {cfg.source} above, {cfg.target} below, from the same latents")
 
 
@@ -874,15 +819,16 @@ def main(argv=None):
     """The command line. Bad input ends in one line on stderr and exit code 2."""
     import tyro
 
+    from stylegan2_ops.convert import convert, inspect
+
     argv = sys.argv[1:] if argv is None else argv
     own = any(word.startswith("--generator") for word in argv)
-    about = (
-        "Adapt a generator to a new domain, from words alone. The defaults below are the miniature "
-        "world's or, with --generator, the published ones. Afterwards: ipl.py sample --help."
-    )
+    about = """Adapt a generator to a new domain, from words alone. The defaults below are those of
+        the miniature or, with --generator, as published. Also: ipl.py sample, convert, inspect."""
     try:
-        if argv[:1] == ["sample"]:
-            return tyro.cli(sample, args=argv[1:], prog="ipl.py sample")
+        for command in (sample, convert, inspect):
+            if argv[:1] == [command.__name__]:
+                return tyro.cli(command, args=argv[1:], prog=f"ipl.py {command.__name__}")
         default = Config() if own else MINIATURE
         adapt(tyro.cli(Config, args=argv, prog="ipl.py", description=about, default=default))
     except (ValueError, OSError, FloatingPointError) as error:

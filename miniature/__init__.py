@@ -12,7 +12,16 @@ CLIP = WEIGHTS / "clip.pt"
 GENERATOR = WEIGHTS / "photo.pt"
 JUDGE = WEIGHTS / "judge.pt"
 
-__all__ = ["CLIP", "GENERATOR", "JUDGE", "LABELS", "WEIGHTS", "true_pairs", "unknown_words"]
+__all__ = ["CLIP", "GENERATOR", "JUDGE", "LABELS", "WEIGHTS", "check_labels", "true_pairs"]
+
+
+def check_labels(*labels):
+    """Raises ValueError, of one line, if the miniature's CLIP has never read a word of them."""
+    if unknown := [word for label in labels for word in unknown_words(label)]:
+        raise ValueError(
+            f"the miniature's CLIP has never read {', '.join(unknown)}; it knows "
+            f"{', '.join(LABELS)}; for any words: --generator FILE --clip ViT-B/32"
+        )
 
 
 def true_pairs(source, target, n=64, seed=0):
@@ -20,6 +29,7 @@ def true_pairs(source, target, n=64, seed=0):
 
     None if a label is not the name of a domain: "photo with anime eyes" has no one truth.
     """
+    source, target = source.strip(), target.strip()
     if not {source, target} <= set(LABELS):
         return None
     z = torch.randn(n, faces.W_DIM, generator=torch.Generator().manual_seed(seed))

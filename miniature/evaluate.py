@@ -50,6 +50,7 @@ from tqdm import tqdm
 import ipl
 from miniature import CLIP, GENERATOR, JUDGE, captions, faces
 from miniature.judge import load_judge
+from run_folder import save_picture
 from stylegan2_ops import load_generator
 
 METHODS = ("nada", "ipl", "published", "mean", "own", "caption")
@@ -248,7 +249,7 @@ def picture(strips, cfg, path):
     """Rows for each target: source, the methods of the first seed, truth."""
     rows = [torch.cat(list(x), dim=-1) for target in cfg.targets for x in strips[target]]
     grid = ((torch.cat(rows, dim=-2) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-    ipl.save_picture(grid, path)
+    save_picture(grid, path)
 
 
 def write_json(path, value):

@@ -26,13 +26,14 @@ from .nvidia import read_nvidia
 from .pickles import CheckpointError, Module, read_pickled, some, tensor_reader
 
 # What training runs keep beside the generator: those of rosinality and NADA, those of NVIDIA.
-_KNOWN = {"g", "d", "g_optim", "d_optim", "args", "ada_aug_p", "iter"}
-_KNOWN |= {"G", "D", "augment_pipe", "training_set_kwargs"}
+TRAINING = {"g", "d", "g_optim", "d_optim", "args", "ada_aug_p", "iter"}
+TRAINING |= {"G", "D", "augment_pipe", "training_set_kwargs"}
 
 
 class Checkpoint(NamedTuple):
     """A generator as it is in a file."""
 
+    layout: str  # whose the file is, in words
     config: dict  # the arguments of Generator
     state: dict  # its state dict; the tensors have the types of the file
     w_avg: torch.Tensor | None  # [w_dim], if the file has it
@@ -51,17 +52,17 @@ def load_generator(path, device="cpu", class_index=None):
     they are not those of a StyleGAN2 generator, and then names the tensor at fault; and if
     class_index is wrong, or missing for a conditional generator.
     """
-    config, state, w_avg, beside = read_checkpoint(path)
-    if unknown := [name for name in beside if name not in _KNOWN]:
+    _, config, state, w_avg, beside = read_checkpoint(path)
+    if unknown := [name for name in beside if name not in TRAINING]:
         warnings.warn(f"{path}: ignored {some(unknown)}", stacklevel=2)
     classes = config["c_dim"]
     if class_index is None:
         class_index = config["class_index"]
     if classes and class_index not in range(classes):
-        wanted = f"--class N, N from 0 to {classes - 1}"
+        wanted = f"a class index (--class-index) from 0 to {classes - 1}"
         raise CheckpointError(f"{path}: class {class_index} of {classes} classes; wanted: {wanted}")
     if class_index is not None and not classes:
-        raise CheckpointError(f"{path}: class {class_index} of no classes; wanted: no --class")
+        raise CheckpointError(f"{path}: class {class_index} of no classes; wanted: no class index")
 
     generator = empty_generator({**config, "class_index": class_index})
     generator.to_empty(device=device).load_state_dict(state)
@@ -82,7 +83,7 @@ def save_generator(generator, path):
     rosinality's layout and `path` is not .safetensors, OSError if the file cannot be written.
     """
     config, state = generator.config, generator.state_dict()
-    write_checkpoint(Checkpoint(config, state, generator.w_avg, []), path)
+    write_checkpoint(Checkpoint("", config, state, generator.w_avg, []), path)
 
 
 def read_checkpoint(path):
@@ -116,7 +117,8 @@ def _read_file(path):
         wanted = "g_ema" if data.startswith(b"PK") else "G_ema"
         raise CheckpointError(f'not a generator checkpoint, it has no "{wanted}"')
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+        wanted = "a StyleGAN2 checkpoint (.pt, .pkl, .safetensors) or the URL of one"
+        raise CheckpointError(f"{path}: {error.strerror}; wanted: {wanted}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # bytes that are no checkpoint can fail in any way
@@ -129,14 +131,14 @@ def _read_file(path):
 def write_checkpoint(checkpoint, path):
     """Write a Checkpoint, as `save_generator` does."""
     path = Path(path)
-    config, state, w_avg, _ = checkpoint
+    _, config, state, w_avg, _ = checkpoint
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     w_avg = {} if w_avg is None else {"latent_avg": w_avg.detach().cpu()}
     if path.suffix == ".safetensors":
         data = safetensors.torch.save({**state, **w_avg}, {"config": json.dumps(config)})
     else:
         content = {"g_ema": state, **w_avg}
-        if misfit := _misfit(config):
+        if misfit := misfit_of(config):
             raise CheckpointError(
                 f"{path}: no place for {misfit} in rosinality's layout; wanted: a .safetensors file"
             )
@@ -145,19 +147,22 @@ def write_checkpoint(checkpoint, path):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         data = buffer.getbuffer()
+    write_whole(path, lambda aside: aside.write_bytes(data))
 
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+
+def write_whole(path, write):
+    """write(file aside), flush it to the disk, rename: `path` appears whole or not at all."""
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
+        write(aside)
+        with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _misfit(config):
+def misfit_of(config):
     """What keeps a generator out of rosinality's layout, in words, or None."""
     if config["c_dim"]:
         return f"{config['c_dim']} classes"
@@ -182,13 +187,14 @@ def _read_rosinality(value, read):
             w_avg = torch.empty(0)  # refused below, with the size that it should have
     config = value.get("generator_config", _config_of(state))
     beside = [k for k in value if k not in ("g_ema", "latent_avg", "generator_config")]
-    return Checkpoint(_checked(config, state, w_avg, "rosinality"), state, w_avg, beside)
+    config = _checked(config, state, w_avg, "rosinality")
+    return Checkpoint("rosinality's", config, state, w_avg, beside)
 
 
 def _read_nvidia(value, read):
     config, state, w_avg = read_nvidia(value["G_ema"], read)
     config = _checked(config, state, w_avg, "StyleGAN2")
-    return Checkpoint(config, state, w_avg, [name for name in value if name != "G_ema"])
+    return Checkpoint("NVIDIA's", config, state, w_avg, [k for k in value if k != "G_ema"])
 
 
 def _read_safetensors(data):
@@ -202,7 +208,7 @@ def _read_safetensors(data):
     config = _config_of(state) if config is None else json.loads(config)
     if isinstance(config, dict) and isinstance(config.get("channels"), dict):
         config["channels"] = {int(size): c for size, c in config["channels"].items()}
-    return Checkpoint(_checked(config, state, w_avg, "StyleGAN2"), state, w_avg, [])
+    return Checkpoint("safetensors", _checked(config, state, w_avg, "StyleGAN2"), state, w_avg, [])
 
 
 # ----------------------------------------------------------------------------------------------

@@ -32,27 +32,34 @@ def download(url):
 
     Raises CheckpointError, after some more attempts if they may help.
     """
-    address, fragment = urllib.parse.urldefrag(url)
+    try:
+        address, fragment = urllib.parse.urldefrag(url)
+        name = urllib.parse.urlsplit(address).path.rpartition("/")[2]
+    except ValueError as error:
+        raise CheckpointError(f"{url}: {error}") from error
     digest = fragment.removeprefix("sha256=").lower()
     if fragment and not re.fullmatch(r"sha256=[0-9a-fA-F]{64}", fragment):
         raise CheckpointError(f"{address}: #{fragment[:80]}; wanted: #sha256= and 64 hex digits")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stylegan2_ops"
-    name = re.sub(r"[^\w.-]", "_", urllib.parse.urlsplit(address).path.rpartition("/")[2])[-80:]
+    name = re.sub(r"[^\w.-]", "_", name)[-80:]
     path = folder / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{name}"
     part, note = (path.with_name(f".{path.name}.{suffix}") for suffix in ("part", "note"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(note, "a+") as lock:  # its text: the version of the file that `part` begins
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists() and digest not in ("", _sha256(path)):
-                path.unlink()
-            if not path.exists():
-                _repeat(address, part, lock, bool(digest))
-                if digest and (found := _sha256(part)) != digest:
-                    part.unlink()
-                    raise CheckpointError(f"{address}: its sha256 is {found}, not {digest}")
-                os.replace(part, path)
-            note.unlink(missing_ok=True)
+            try:
+                if path.exists() and digest not in ("", _sha256(path)):
+                    path.unlink()
+                if not path.exists():
+                    _repeat(address, part, lock, bool(digest))
+                    if digest and (found := _sha256(part)) != digest:
+                        part.unlink()
+                        raise CheckpointError(f"{address}: its sha256 is {found}, not {digest}")
+                    os.replace(part, path)
+            finally:
+                if not part.exists():
+                    note.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror}") from error
     return path
@@ -67,7 +74,8 @@ def _repeat(address, part, note, verified):
         try:
             return _attempt(address, part, note, verified)
         except urllib.error.HTTPError as error:
-            reason = f"HTTP status {error.code} {error.reason}"
+            error.close()
+            reason = f"HTTP status {error.code} {http.client.responses.get(error.code, '')}".strip()
             if error.code == 416:  # no such range: what is there is not a part of the file
                 part.unlink(missing_ok=True)
             elif error.code < 500 and error.code not in (408, 429):

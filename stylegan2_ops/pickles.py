@@ -83,6 +83,12 @@ class Module(NamedTuple):
     state: dict
 
 
+class Record:
+    """An object of a TorchScript archive: its attributes, without its code."""
+
+    attributes = None  # {name: value}, once they are read
+
+
 class Opaque:
     """A value that no generator needs, such as a training script's arguments, left unread."""
 
@@ -96,10 +102,34 @@ def read_pickled(data):
     """
     operations = iter(range(MAX_OPERATIONS))
     if data.startswith(b"PK\x03\x04"):
-        return _read_zip(data, operations)
+        return _read_zip(data, operations, _NAMES)
     if data.startswith(_LEGACY_START):
         return _read_legacy(operations, memoryview(data), _NAMES)
     return _Run(operations, memoryview(data), 0, _NAMES).load()
+
+
+def read_script(data):
+    """{dotted name: tensor} of all floats in `data`, the bytes of a TorchScript archive.
+
+    Those are the parameters and buffers of the module in it. Its code stays unread: torch.jit.load
+    would compile it and run what it calls __setstate__, and TorchScript can write files. Errors as
+    `read_pickled`, and CheckpointError.
+    """
+    operations = iter(range(MAX_OPERATIONS))
+    todo, seen, tensors = {"": _read_zip(data, operations, _SCRIPT)}, set(), {}
+    read = tensor_reader(4 * len(data))
+    for _ in operations:
+        if not todo:
+            return tensors
+        name, value = todo.popitem()
+        if isinstance(value, Record):
+            if value in seen or len(name) > 200:
+                raise UnpicklingError(f"{name!a:.80} is an object in two places, or too deep")
+            seen.add(value)
+            todo |= {f"{name}.{key}".lstrip("."): x for key, x in value.attributes.items()}
+        elif isinstance(value, StoredTensor) and value.storage.dtype.is_floating_point:
+            tensors[name] = read(name, value)
+    raise UnpicklingError(f"more than {MAX_OPERATIONS:,} operations")
 
 
 def tensor_reader(limit):
@@ -135,7 +165,7 @@ def tensor_reader(limit):
 # torch.save
 
 
-def _read_zip(data, operations):
+def _read_zip(data, operations, names):
     """The format of torch 1.6 on: <root>/data.pkl, and each storage in <root>/data/<key>."""
     if data.count(b"PK\x01\x02") > MAX_MEMBERS:
         raise UnpicklingError(f"more than {MAX_MEMBERS:,} members")
@@ -161,7 +191,7 @@ def _read_zip(data, operations):
         storage.read = lambda: member(f"data/{key}")
         return storages.setdefault(key, storage)
 
-    return _Run(operations, memoryview(member("data.pkl")), 0, _NAMES, persistent).load()
+    return _Run(operations, memoryview(member("data.pkl")), 0, names, persistent).load()
 
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # MAGIC_NUMBER of torch/serialization.py
@@ -205,16 +235,20 @@ def _opaque(*args):
     return Opaque()
 
 
+def _record():
+    return Record()
+
+
 def _dict():
     return {}
 
 
-def _tuple(items):
-    return tuple(items)
+def _size(numbers):
+    return tuple(_short(numbers))
 
 
 def _set(items=()):
-    return {_checked_key(item) for item in items}
+    return {_checked_key(item) for item in _short(items)}
 
 
 def _module(meta):
@@ -255,7 +289,7 @@ _NAMES = {
     ("__builtin__", "set"): _set,
     ("argparse", "Namespace"): _opaque,
     ("torch", "device"): _opaque,
-    ("torch", "Size"): _tuple,
+    ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _nested,
@@ -268,13 +302,32 @@ _NAMES = {
     ("numpy._core.multiarray", "scalar"): _opaque,
     ("numpy._core.multiarray", "_reconstruct"): _opaque,
 }
+_SCRIPT = {  # and, in `_Run.find`, all classes of the archive itself
+    **_STORAGES,
+    ("collections", "OrderedDict"): _dict,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch.jit._pickle", "build_boollist"): _opaque,
+    ("torch.jit._pickle", "build_doublelist"): _opaque,
+    ("torch.jit._pickle", "build_intlist"): _opaque,
+    ("torch.jit._pickle", "build_tensorlist"): _opaque,
+    ("torch.jit._pickle", "restore_type_tag"): _opaque,
+}
 
 
 def _checked_key(key):
-    """Text or an int. To hash or compare nested tuples can take any time, or the whole C stack."""
-    if type(key) not in (str, int):
+    """Text or a size. To hash or compare nested tuples can take any time, or the whole C stack;
+    and larger ints can all have the same hash, which makes a dict of them slow.
+    """
+    if type(key) is not str and not _is_size(key):
         raise UnpicklingError(f"a {type(key).__name__} as a key")
     return key
+
+
+def _short(items):
+    """A tuple or list as they are given to functions: one that is long could be given often."""
+    if type(items) not in (tuple, list) or len(items) > 8:
+        raise UnpicklingError("a call with something else or more than files have")
+    return items
 
 
 def _is_size(number):
@@ -360,7 +413,7 @@ class _Run:
         self.top(list).extend(values)
 
     def add_items(self, values):
-        self.top(set).update(_set(values))
+        self.top(set).update(map(_checked_key, values))
 
     def set_items(self, items):
         target = self.top(dict)
@@ -368,9 +421,11 @@ class _Run:
             target[_checked_key(key)] = value
 
     def build(self):
-        """The state of an object, which is left out."""
-        self.last(1)
-        if type(self.stack[-1]) not in (Opaque, dict):
+        """The state of an object, which is left out unless it is a Record."""
+        (state,) = self.last(1)
+        if type(self.stack[-1]) is Record and type(state) is dict:
+            self.stack[-1].attributes = state
+        elif type(self.stack[-1]) not in (Opaque, dict):
             raise UnpicklingError("a state for a value without one")
 
     def find(self, module, name):
@@ -378,6 +433,8 @@ class _Run:
             raise CheckpointError(
                 "a pickle of the TensorFlow era; wanted: what NVIDIA's legacy.py makes of it"
             )
+        if self.names is _SCRIPT and type(module) is str and module.startswith("__torch__"):
+            return _record  # the class of an object, whatever its name
         if (_checked_key(module), _checked_key(name)) not in self.names:
             raise UnpicklingError(f"the name {f'{module}.{name}'[:80]!a} is not allowed")
         return self.names[module, name]
@@ -386,6 +443,7 @@ class _Run:
         function, args = self.last(2)
         if not isinstance(function, FunctionType) or type(args) is not tuple:
             raise UnpicklingError("a call of what is no function")
+        args = _short(args)
         return function(self.operations, *args) if function is _nested else function(*args)
 
     def persistent_id(self):

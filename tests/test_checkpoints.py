@@ -10,6 +10,7 @@ import safetensors
 import torch
 
 from stylegan2_ops import CheckpointError, Generator, load_generator, save_generator
+from stylegan2_ops.checkpoints import write_whole
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "rosinality_tiny.pt"
@@ -90,6 +91,21 @@ def test_safetensors_carry_the_sizes(tmp_path):
         assert "latent_avg" in file.keys() and '"resolution": 32' in file.metadata()["config"]
 
 
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def broken(aside):
+        aside.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        write_whole(path, broken)
+    assert os.listdir(tmp_path) == ["file.txt"] and path.read_text() == "old"
+    write_whole(path, lambda aside: aside.write_text("new"))
+    assert os.listdir(tmp_path) == ["file.txt"] and path.read_text() == "new"
+
+
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(descriptor):
         raise OSError("disk full")
@@ -137,9 +153,10 @@ def test_other_types_are_read_as_float32(save, checkpoint):
 
 
 def test_missing_file_and_folder(tmp_path):
+    wanted = "; wanted: a StyleGAN2 checkpoint (.pt, .pkl, .safetensors) or the URL of one"
     for name in ("none.pt", "none.safetensors"):
-        assert refusal(tmp_path / name) == ": No such file or directory"
-    assert refusal(tmp_path) == ": Is a directory"
+        assert refusal(tmp_path / name) == ": No such file or directory" + wanted
+    assert refusal(tmp_path) == ": Is a directory" + wanted
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,124 @@ def test_overwrite_replaces_the_whole_run(finished, tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------------------
+# Other generators, several CLIPs
+
+
+def test_a_pickle_of_nvidia_through_both_stages(tmp_path, capsys):
+    path, out = GOLDEN / "nvidia_tiny.pkl", tmp_path / "run"
+    ipl.main(["--generator", str(path), *WORLD[2:], *SHORT, "--out", str(out)])
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in history] == [1, 1, 2, 2]
+    saved = torch.load(out / "generator.pt", weights_only=True)
+    golden = torch.load(GOLDEN / "nvidia_tiny_as_rosinality.pt", weights_only=True)
+    assert saved["g_ema"].keys() == golden["g_ema"].keys()
+    ipl.main(["sample", "--run", str(out), "--n", "1", "--out", str(tmp_path / "one.png")])
+    assert picture(tmp_path / "one.png").size == (128, 256)
+
+
+def test_a_conditional_generator_draws_the_class_that_is_asked_for(tmp_path, capsys):
+    world = ["--generator", str(GOLDEN / "nvidia_variant_cond.pkl"), *WORLD[2:], *SHORT]
+    words = refused(capsys, *world, "--out", str(tmp_path / "run"))
+    assert "class None of 5 classes; wanted: a class index (--class-index) from 0 to 4" in words
+    assert not (tmp_path / "run").exists()
+
+    pictures = []
+    for index in "13":
+        out = tmp_path / index
+        ipl.main([*world, "--method", "nada", "--class-index", index, "--out", str(out)])
+        assert load_generator(out / "generator.safetensors").class_index == int(index)
+        assert not (out / "generator.pt").exists()  # rosinality's layout has no classes
+        drawn = tmp_path / f"{index}.png"
+        ipl.main(["sample", "--run", str(out), "--n", "2", "--out", str(drawn)])
+        pictures.append(picture(drawn).tobytes())
+    capsys.readouterr()
+    assert pictures[0] != pictures[1]
+    assert "is a finished run" in refused(capsys, *WORLD, *SHORT, "--out", str(out))
+    ipl.main([*WORLD, *SHORT, "--method", "nada", "--out", str(out), "--overwrite"])
+    assert (out / "generator.pt").exists() and not (out / "generator.safetensors").exists()
+
+
+def test_several_clips(tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    other = torch.load(WORLD[3], weights_only=True)
+    other["visual.proj"] = -other["visual.proj"]
+    torch.save(other, tmp_path / "other.pt")
+    out, clips = tmp_path / "run", [WORLD[3], str(tmp_path / "other.pt")]
+    weights = ["--clip-weights", "1", "0.5"]
+    ipl.main([*WORLD[:2], *SHORT, "--clip", *clips, *weights, "--out", str(out)])
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    found = [(row["stage"], row["step"], row.get("clip")) for row in history]
+    assert found[:4] == [(1, step, name) for name in clips for step in (0, 1)]
+    assert found[4:] == [(2, 0, None), (2, 1, None)]
+    assert json.loads((out / "config.json").read_text())["clip"] == clips
+    saved = load_file(out / "mapper.safetensors")
+    for i in "01":
+        state = {name[2:]: x for name, x in saved.items() if name.startswith(f"{i}.")}
+        ipl.LatentMapper(32, 4, 64).load_state_dict(state)
+    ipl.main(["sample", "--run", str(out), "--n", "1", "--out", str(tmp_path / "one.png")])
+
+
+def test_convert_and_inspect(tmp_path, capsys):
+    """Each golden file there and back, and the facts that the golden images depend on."""
+    expected = {
+        "rosinality_tiny.pt": ("rosinality's", 32, "w_dim    32, 32", "float16         none"),
+        "nvidia_tiny.pkl": ("NVIDIA's", 32, "training state  training_set_kwargs, G, D, augment"),
+        "nvidia_variant_clamp.pkl": ("NVIDIA's", 16, "conv_clamp      1.25", "float16         2 h"),
+        "nvidia_variant_cond.pkl": ("NVIDIA's", 16, "classes         5, --class-index chooses"),
+        "nvidia_variant_resnet.pkl": ("NVIDIA's", 16, "architecture    resnet", "1 to RGB"),
+    }
+    for name, (layout, resolution, *facts) in expected.items():
+        suffix = ".safetensors" if "cond" in name or "resnet" in name else ".pt"
+        ipl.main(["inspect", str(GOLDEN / name)])
+        said = capsys.readouterr().out
+        num_ws = 2 * resolution.bit_length() - 4
+        for fact in (f"layout          {layout}\n", f"resolution      {resolution}\n",
+                     f"num_ws          {num_ws}\n", *facts):  # fmt: skip
+            assert fact in said
+        copy = tmp_path / f"copy{suffix}"
+        ipl.main(["convert", str(GOLDEN / name), str(copy)])
+        assert str(copy) in capsys.readouterr().out
+        index = 0 if "cond" in name else None
+        a, b = (load_generator(path, class_index=index) for path in (GOLDEN / name, copy))
+        assert a.config == b.config and torch.equal(a.w_avg, b.w_avg)
+        assert all(torch.equal(x, b.state_dict()[key]) for key, x in a.state_dict().items())
+        ipl.main(["inspect", str(copy)])
+        again = capsys.readouterr().out.splitlines()
+        assert set(again) >= {line for line in said.splitlines() if "layout" not in line
+                              and "training state" not in line}  # fmt: skip
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["nvidia_hostile", "nvidia_hostile_nested"])
+def test_hostile_files_run_nothing_whatever_the_command(tmp_path, capsys, name):
+    path, marker = GOLDEN / f"{name}.pkl", Path(tempfile.gettempdir()) / "pwned_by_pickle"
+    marker.unlink(missing_ok=True)
+    for args in (
+        ["--generator", str(path), *WORLD[2:], *SHORT, "--out", str(tmp_path / "run")],
+        ["inspect", str(path)],
+        ["convert", str(path), str(tmp_path / "copy.pt")],
+        ["--clip", str(path), *WORLD[:2], *SHORT, "--out", str(tmp_path / "run")],
+    ):
+        assert str(path) in refused(capsys, *args)
+    assert not marker.exists() and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        ("copy.pkl", "wanted: a name in .pt (rosinality's layout) or .safetensors"),
+        ("nowhere/copy.pt", "in a folder that is there"),
+        ("copy.pt", "no place for the resnet architecture in rosinality's layout; wanted: a .safe"),
+    ],
+)
+def test_bad_convert(tmp_path, capsys, target, words):
+    source = str(GOLDEN / "nvidia_variant_resnet.pkl")
+    assert words in refused(capsys, "convert", source, str(tmp_path / target))
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2, no file
 
 
@@ -141,7 +260,7 @@ def refused(capsys, *args):
 
 
 BAD = {
-    "no generator": (["--generator", "nowhere.pt"], "no file 'nowhere.pt'"),
+    "no generator": (["--generator", "nowhere.pt"], "nowhere.pt: No such file or directory;"),
     "no clip": (["--clip", "ViT-B/33"], "'ViT-B/33' is neither a file nor one of RN50"),
     "foreign generator": (["--generator", __file__], "test_cli.py"),
     "foreign clip": (["--clip", __file__], "cannot be loaded"),
@@ -169,6 +288,10 @@ BAD = {
     "ema": (["--ema", "1"], "--ema must be 0 or more, and below 1"),
     "crop": (["--crop", "1.5"], "--crop must be 0 or more, and below 1"),
     "psi": (["--truncation-psi", "inf"], "--truncation-psi must be finite"),
+    "no classes": (["--class-index", "0"], "class 0 of no classes; wanted: no class index"),
+    "weights of two CLIPs": (["--clip-weights", "1", "2"], "a number above 0 for each CLIP"),
+    "weight of 0": (["--clip-weights", "0"], "a number above 0 for each CLIP"),
+    "second clip": (["--clip", WORLD[3], "nowhere.pt"], "'nowhere.pt' is neither a file nor"),
 }
 
 
@@ -215,7 +338,7 @@ def test_a_run_that_diverges_says_so_and_spoils_nothing(finished, capsys):
     with pytest.raises(SystemExit) as exit_:
         ipl.main([*WORLD, *SHORT, *args, "--out", str(run), "--overwrite"])
     words = capsys.readouterr().err
-    assert exit_.value.code == 1 and words.startswith("ipl.py: error: stage 2, step 4: ")
+    assert exit_.value.code == 1 and words.startswith("ipl.py: error: stage 2, step 1: ")
     assert "wanted: a smaller rate (--lr)" in words and words.count("\n") == 1
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
@@ -322,18 +445,3 @@ def test_help_names_every_field(capsys):
     said = capsys.readouterr().out
     for name in ipl.asdict(ipl.Config()):
         assert f"--{name.replace('_', '-')}" in said
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-
-    def broken(aside):
-        aside.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        ipl.write_whole(path, broken)
-    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"] and path.read_text() == "old"
-    ipl.write_whole(path, lambda aside: aside.write_text("new"))
-    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"] and path.read_text() == "new"

@@ -12,7 +12,7 @@ import contextlib, io, socket, sys
 
 import clip, numpy, torch
 
-for name in ("tyro", "tqdm", "matplotlib", "safetensors", "stylegan2_ops", "miniature", "tests"):
+for name in ("tyro", "matplotlib", "safetensors", "stylegan2_ops", "miniature", "tests"):
     sys.modules[name] = None  # from here on, importing it is an ImportError
 
 

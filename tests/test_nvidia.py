@@ -99,7 +99,8 @@ def test_layers_and_gradient(name):
 @pytest.mark.parametrize("name", FILES)
 def test_every_tensor_is_that_of_g_ema(name):
     expected = IO[FILES[name]]["expected"]["G_ema"]
-    config, state, w_avg, beside = read_checkpoint(GOLDEN / f"{name}.pkl")
+    layout, config, state, w_avg, beside = read_checkpoint(GOLDEN / f"{name}.pkl")
+    assert layout == "NVIDIA's"
     names = _names(
         list(config["channels"]), config["n_mlp"], config["c_dim"], config["architecture"]
     )
@@ -136,12 +137,12 @@ def test_attributes():
 
 def test_conditional_needs_a_class(tmp_path):
     path = GOLDEN / "nvidia_variant_cond.pkl"
-    wanted = "of 5 classes; wanted: --class N, N from 0 to 4"
+    wanted = "of 5 classes; wanted: a class index (--class-index) from 0 to 4"
     assert refusal(path) == f"class None {wanted}"
     assert refusal(path, class_index=5) == f"class 5 {wanted}"
     assert refusal(path, class_index=-1) == f"class -1 {wanted}"
     other = GOLDEN / "nvidia_tiny.pkl"
-    assert refusal(other, class_index=0) == "class 0 of no classes; wanted: no --class"
+    assert refusal(other, class_index=0) == "class 0 of no classes; wanted: no class index"
     generator = load_generator(path, class_index=3)
     save_generator(generator, tmp_path / "g.safetensors")
     assert load_generator(tmp_path / "g.safetensors").class_index == 3

@@ -321,6 +321,82 @@ def test_directions_are_one_per_image_or_one_for_all(source, clip_pair, mapper, 
 
 
 # ----------------------------------------------------------------------------------------------
+# Several CLIPs
+
+
+@pytest.fixture(scope="module")
+def other_pair(clip_pair):
+    """A second CLIP, of another opinion, and an embedding that is narrower."""
+    other = copy.deepcopy(clip_pair[0])
+    mix = torch.randn(32, 24, generator=rng(7)) / 24**0.5
+    other.visual.proj.data = other.visual.proj @ mix
+    other.text_projection.data = other.text_projection @ mix.flip(0)
+    return other, clip_pair[1]
+
+
+def both(cfg, pairs):
+    """[(clip_model, transform, directions)], as adapt_generator takes them."""
+    return [(*pair, ipl.label_direction(cfg, pair[0])) for pair in pairs]
+
+
+def test_two_equal_clips_of_half_the_weight_are_one(source, clip_pair):
+    cfg = replace(QUICK, clip_weights=(0.5, 0.5))
+    first, second = both(cfg, [clip_pair, clip_pair])
+    adapted, history = ipl.adapt_generator(cfg, source, *first, rng=rng(), more=[second])
+    one, rows = ipl.adapt_generator(QUICK, source, *first, rng=rng())
+    assert [row["layers"] for row in history] == [row["layers"] for row in rows]
+    for row, expected in zip(history, rows, strict=True):
+        close(row["loss"], expected["loss"])
+        close(row["delta_image"], expected["delta_image"])
+    for p, q in zip(adapted.parameters(), one.parameters(), strict=True):
+        close(p, q, rtol=1e-3, scale=1e-4)
+
+
+@pytest.mark.parametrize("weights", [(), (2.0, 0.25)])
+def test_losses_and_gradients_of_several_clips_are_summed(source, clip_pair, other_pair, weights):
+    cfg = replace(QUICK, steps=1, noise="fresh", layers="all", clip_weights=weights)
+    first, second = both(cfg, [clip_pair, other_pair])
+
+    def step(cfg, *clips):
+        target = copy.deepcopy(source)
+        _, history = ipl.adapt_generator(
+            cfg, source, *clips[0], rng=rng(), more=clips[1:], target=target
+        )
+        return history[0]["loss"], [p.grad for p in target.conv1.parameters()]
+
+    loss, grads = step(cfg, first, second)
+    alone = [step(replace(cfg, clip_weights=()), clip) for clip in (first, second)]
+    a, b = weights or (1, 1)
+    close(loss, a * alone[0][0] + b * alone[1][0])
+    for grad, x, y in zip(grads, alone[0][1], alone[1][1], strict=True):
+        close(grad, a * x + b * y)
+    assert abs(alone[0][0] - alone[1][0]) > 1e-3
+
+
+def test_layer_choice_of_several_clips(source, clip_pair, other_pair):
+    """The weights are those of one step against the summed loss, not a sum of weights."""
+    w = source.mapping(torch.randn(4, source.z_dim, generator=rng()))
+    encoders = [ipl.image_encoder(*pair) for pair in (clip_pair, other_pair)]
+    texts = [ipl.encode_texts(pair[0], "anime")[0] for pair in (clip_pair, other_pair)]
+    cfg = replace(QUICK, clip_weights=(1.0, 3.0))
+    _, weights = ipl.select_layers(
+        source, lambda x: [encode(x) for encode in encoders], w, texts, 4,
+        loss=ipl.summed(cfg, ipl.domain_loss),
+    )  # fmt: skip
+    w_plus = w[:, None].repeat(1, source.num_ws, 1).requires_grad_()
+    x = source.synthesis(w_plus)
+    losses = [ipl.domain_loss(e(x), t) for e, t in zip(encoders, texts, strict=True)]
+    (grad,) = torch.autograd.grad(losses[0] + 3 * losses[1], w_plus)
+    close(weights, (0.01 * grad).abs().mean(dim=(0, 2)))
+
+
+def test_weights_that_do_not_fit(source, clip_pair):
+    cfg = replace(QUICK, clip_weights=(1.0, 2.0))
+    with pytest.raises(ValueError):
+        ipl.adapt_generator(cfg, source, *both(cfg, [clip_pair])[0], rng=rng())
+
+
+# ----------------------------------------------------------------------------------------------
 # Crops
 
 
