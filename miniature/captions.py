@@ -164,7 +164,7 @@ ALTERED = {
     "skin": ("colors", "monster", "zombie", "negative"),
     "hair_color": ("colors", "monster", "negative"),
     "hat_color": ("colors", "negative"),
-    "clothes": ("colors", "negative"),
+    "clothes": ("background", "negative"),
     "background": ("background", "negative"),
 }
 # How many ways there are for a factor to look: as it is named, as altered, or not to be seen.

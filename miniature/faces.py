@@ -139,7 +139,7 @@ EYES = _table("""
 photo       0.085       0.052        0.045  0.55   0.35       0    0       0.3     0
 anime       0.135       0.150        0.105  0.50   1.00       0    0       1.0     0
 sketch      0.085       0.055        0.042  0.95   0.30       0    0       0.8     0
-pixel art   0.095       0.095        0.080  0.99   0.00       0    0       0.5     0
+pixel art   0.100       0.112        0.092  0.99   0.00       0    0       0.5     0
 watercolor  0.088       0.060        0.055  0.60   0.20       0    0       0.2     0
 ukiyo-e     0.105       0.026        0.026  0.95   0.00       0    0       1.0     0
 zombie      0.100       0.080        0.042  0.35   0.00       1    0       0.0     0
@@ -152,8 +152,8 @@ COLORS = _table("""
 photo       0.95        1.0        0.00       0.00   0.0    0       0          0        0
 anime       1.40        1.1        0.06       0.00   0.0    0       0          0        0
 sketch      0.12        1.0        0.08       0.50   0.0    0       0          0        0
-pixel art   1.25        1.2        0.00       0.00   0.0    0       0          0        0
-watercolor  0.90        0.8        0.04       0.30   0.0    0       0          0        0
+pixel art   1.50        1.3        0.00       0.00   0.0    0       0          0        0
+watercolor  0.90        0.8        0.04       0.40   0.0    0       0          0        0
 ukiyo-e     0.60        0.8        0.00       0.00   0.5    0       0          0        0
 zombie      0.65        0.9       -0.06       0.00   0.0    1       0          0        0
 elderly     0.75        0.9        0.04       0.00   0.0    0       1          0        0
@@ -179,15 +179,15 @@ LINES = _table("""
 photo       0.000  0.00     0.10  0.10   0.10  0      0         0      0
 anime       0.046  1.00     0.10  0.07   0.12  0      0         0      0
 sketch      0.044  1.00     0.16  0.16   0.18  0      0         0      0
-pixel art   0.046  0.65     0.08  0.06   0.10  0      0         0      0
-watercolor  0.036  0.55     0.35  0.25   0.30  0      0         0      0
+pixel art   0.050  0.80     0.08  0.06   0.10  0      0         0      0
+watercolor  0.044  0.75     0.35  0.25   0.30  0      0         0      0
 ukiyo-e     0.034  1.00     0.14  0.16   0.36  0      0         0      0
 zombie      0.000  0.00     0.10  0.10   0.10  1      0         0      0
 elderly     0.000  0.00     0.10  0.10   0.10  0      1         0      0
 monster     0.000  0.00     0.10  0.10   0.10  0      0         1      0
 negative    0.050  1.00     0.90  0.93   0.95  0      0         0      1""")
 # bands: of a woodblock print. rays: speed lines. torn: a ragged margin of bare paper.
-# swap: share of another colour of the palette.
+# swap: share of another colour of the palette. negative: of the wall, and of the clothes.
 BACKGROUND = _table("""
             vignette  lighten  paper  bands  rays  darken  torn  negative  swap
 photo       1.0       0.00     0.0    0.0    0.0   0.00    0.0   0         0
@@ -197,8 +197,8 @@ pixel art   0.0       0.15     0.0    0.0    0.0   0.00    0.0   0         0
 watercolor  0.0       0.20     0.2    0.0    0.0   0.00    1.0   0         0
 ukiyo-e     0.0       0.00     0.0    1.0    0.0   0.00    0.0   0         0
 zombie      1.4       0.00     0.0    0.0    0.0   0.28    0.0   0         0
-elderly     0.3       0.18     0.3    0.0    0.0   0.00    0.0   0         0
-monster     1.6       0.00     0.0    0.0    0.0   0.12    0.0   0         0.85
+elderly     0.3       0.28     0.4    0.0    0.0   0.00    0.0   0         0
+monster     1.2       0.00     0.0    0.0    0.0   0.08    0.0   0         0.85
 negative    1.0       0.00     0.0    0.0    0.0   0.00    0.0   1         0""")
 # pixels: coarse ones of few colours. wood: the grain of a print's block.
 TEXTURE = _table("""
@@ -334,6 +334,9 @@ class _Scene:
         self.hair = _recolor(self.palette(HAIR, "hair_color"), cue)
         self.hair = torch.lerp(self.hair, self.palette(MONSTER_HAIR, "hair_color"), cue.monster)
         self.hair = _toward(self.hair, (84, 84, 86), 0.88 * cue.grey_hair)
+        positive = SimpleNamespace(**{**vars(cue), "negative": 0 * cue.negative})
+        clothes = _recolor(self.palette(CLOTH, "clothes"), positive)
+        self.clothes = torch.lerp(clothes, 1 - clothes, self.background.negative)
         self.dark, self.white = self.dye(10, 8, 9), _rgb(skin, (97, 97, 96))
 
         # The hair's structure: strands are factors of its colour, curls displace its edge.
@@ -454,7 +457,7 @@ def _neck_and_clothes(canvas, s):
     neck = _box(x, y - 0.68, 0.15, 0.30, 0.05)
     canvas.paint(s.skin * 0.86, neck, 0, 0.6, 0.3)
     body = _ellipse(s.x - s.cx * 0.3, y - 1.22, 0.80, 0.48)
-    canvas.paint(_recolor(s.palette(CLOTH, "clothes"), s.colors), body, 0, 1.0, 0.7)
+    canvas.paint(s.clothes, body, 0, 1.0, 0.7)
     collar = _ellipse(x, y - 0.74, 0.20, 0.13)
     canvas.paint(s.skin * 0.86, _overlap(collar, body - 0.02), 0, 0.7, 0.3, outline=0.8)
     chin_shadow = canvas.cover(_overlap(_union(neck, collar), -(s.hy - s.b - 0.07))) * 0.55
@@ -550,14 +553,14 @@ def _wrinkles_and_scars(canvas, s):
     fx, hy, old, scars = s.fx, s.hy, s.lines.wrinkles, s.lines.scars
     for y in (-0.31, -0.25, -0.19):  # on the forehead
         wave = hy + 0.02 * torch.cos(9 * fx)
-        canvas.fill(s.skin * 0.3, _stroke(fx, wave, -0.16, y, 0.18, y, 0.017), old)
-    folds = _stroke(fx.abs(), hy, 0.085, 0.155, 0.20, 0.33, 0.019)  # from the nose to the mouth
-    canvas.fill(s.skin * 0.3, folds, old)
+        canvas.fill(s.skin * 0.2, _stroke(fx, wave, -0.16, y, 0.18, y, 0.021), old)
+    folds = _stroke(fx.abs(), hy, 0.085, 0.155, 0.20, 0.33, 0.024)  # from the nose to the mouth
+    canvas.fill(s.skin * 0.2, folds, old)
     for side in (-1, 1):  # bags under the eyes
-        bag = _stroke(fx - side * s.eye_x, hy, -0.07, 0.080, 0.08, 0.070, 0.020)
-        canvas.fill(s.skin * 0.3, bag, old)
-    crows_feet = _stroke(fx.abs() - s.eye_x, hy, 0.10, 0.0, 0.18, 0.045, 0.017)
-    canvas.fill(s.skin * 0.3, crows_feet, old)
+        bag = _stroke(fx - side * s.eye_x, hy, -0.07, 0.080, 0.08, 0.070, 0.024)
+        canvas.fill(s.skin * 0.2, bag, old)
+    crows_feet = _stroke(fx.abs() - s.eye_x, hy, 0.10, 0.0, 0.18, 0.045, 0.020)
+    canvas.fill(s.skin * 0.2, crows_feet, old)
 
     blood = _rgb(fx, (35, 6, 6))
     canvas.fill(blood, _stroke(fx, hy, 0.16, 0.10, 0.25, 0.27, 0.014), scars)  # a cheek, sewn up
@@ -644,7 +647,7 @@ def _finish(image, s, rng):
 
     blots = noise(10)
     image = torch.lerp(image, image + 0.085 * blots + 0.045 * noise(22), cue.blotches)
-    beyond = (torch.maximum(x.abs(), y.abs()) + 0.07 * blots - 0.90) * 9
+    beyond = (torch.maximum(x.abs(), y.abs()) + 0.07 * blots - 0.85) * 9
     image = _toward(image, paper, beyond.clamp(0, 1) * 0.85 * s.background.torn)
     wood = torch.sin(60 * y + 5 * noise(4) + 9 * torch.sin(1.5 * x))
     image = image * (1 + 0.05 * cue.wood * wood)
