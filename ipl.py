@@ -670,6 +670,8 @@ def check(cfg):
             value = getattr(cfg, name)
             if value is not None and not holds(value):
                 raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+    if len(set(cfg.clip)) < len(cfg.clip):
+        raise ValueError("--clip names the same CLIP twice; wanted: --clip-weights")
     if weights := cfg.clip_weights:
         if len(weights) != max(1, len(cfg.clip)) or not all(0 < x < math.inf for x in weights):
             raise ValueError("--clip-weights must be a number above 0 for each CLIP of --clip")

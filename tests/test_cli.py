@@ -311,6 +311,7 @@ BAD = {
     "psi": (["--truncation-psi", "inf"], "--truncation-psi must be finite"),
     "no classes": (["--class-index", "0"], "class 0 of no classes; wanted: no class index"),
     "weights of two CLIPs": (["--clip-weights", "1", "2"], "a number above 0 for each CLIP"),
+    "clip twice": (["--clip", WORLD[3], WORLD[3]], "the same CLIP twice; wanted: --clip-weights"),
     "weight of 0": (["--clip-weights", "0"], "a number above 0 for each CLIP"),
     "second clip": (["--clip", WORLD[3], "nowhere.pt"], "'nowhere.pt' is neither a file nor"),
 }
