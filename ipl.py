@@ -86,9 +86,9 @@ class Config:
     # StyleGAN2 checkpoint of the source domain: file or URL. None: the miniature and its defaults.
     generator: str | None = None
     class_index: int | None = None  # The class that a conditional generator draws.
-    # CLIPs, each a name of clip.available_models() or a file. None: the miniature's, or ViT-B/32.
+    # CLIPs, each a name of clip.available_models() or a file; else the miniature's, or ViT-B/32.
     clip: tuple[str, ...] = ()
-    clip_weights: tuple[float, ...] = ()  # Weight of each CLIP in stage 2. None: 1.
+    clip_weights: tuple[float, ...] = ()  # Weight of each CLIP in stage 2; else 1.
     # Image-specific prompts; or NADA's one direction for all images, which needs no stage 1.
     method: Literal["ipl", "nada"] = "ipl"
     out: str | None = None  # Run folder. None: runs/<source>-to-<target>, or ...-nada.
@@ -670,6 +670,8 @@ def check(cfg):
             value = getattr(cfg, name)
             if value is not None and not holds(value):
                 raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+    if len(set(cfg.clip)) < len(cfg.clip):
+        raise ValueError("--clip names the same CLIP twice; wanted: --clip-weights")
     if weights := cfg.clip_weights:
         if len(weights) != max(1, len(cfg.clip)) or not all(0 < x < math.inf for x in weights):
             raise ValueError("--clip-weights must be a number above 0 for each CLIP of --clip")
@@ -757,8 +759,9 @@ def adapt(cfg):
     start = time.perf_counter()
     history, mappers = [], []
     for i, (clip_model, transform) in enumerate(clips):
-        directions = label_direction(cfg, clip_model)
-        if cfg.method == "ipl":
+        if cfg.method == "nada":
+            directions = label_direction(cfg, clip_model)
+        else:
             mapper, rows = train_mapper(cfg, generator, clip_model, transform, rng=rng)
             directions = prompt_directions(cfg, clip_model, mapper)
             mappers.append(mapper)
@@ -823,8 +826,10 @@ def main(argv=None):
 
     argv = sys.argv[1:] if argv is None else argv
     own = any(word.startswith("--generator") for word in argv)
-    about = """Adapt a generator to a new domain, from words alone. The defaults below are those of
-        the miniature or, with --generator, as published. Also: ipl.py sample, convert, inspect."""
+    about = (
+        "Adapt a generator to a new domain, from words alone. The defaults below are those of the "
+        "miniature or, with --generator, as published. Also: ipl.py sample, convert, inspect."
+    )
     try:
         for command in (sample, convert, inspect):
             if argv[:1] == [command.__name__]:

@@ -18,7 +18,8 @@ from torch import nn
 
 from stylegan2_ops.checkpoints import misfit_of, save_generator, write_whole
 
-NETWORKS = ("mapper.safetensors", "generator.pt", "generator.safetensors")
+GENERATORS = ("generator.pt", "generator.safetensors")
+NETWORKS = (*GENERATORS, "mapper.safetensors")
 FILES = (*NETWORKS, "config.json", "history.jsonl", "curves.png", "samples.png")
 
 
@@ -43,11 +44,11 @@ def make_folder(folder):
 
 def find_generator(folder):
     """The file of the adapted generator, or None if the run is not finished."""
-    return next((folder / name for name in NETWORKS[1:] if (folder / name).is_file()), None)
+    return next((folder / name for name in GENERATORS if (folder / name).is_file()), None)
 
 
 def read_config(folder):
-    """The Config as a dict. Raises ValueError if it is none, OSError if there is none."""
+    """The Config as a dict. Raises ValueError or TypeError if it is none, OSError if it is gone."""
     return {**json.loads((folder / "config.json").read_text())}
 
 
@@ -68,7 +69,8 @@ def save_run(folder, config, mappers, generator, history, floor, samples):
     described = json.dumps(config | paths, indent=2) + "\n"
     write_whole(folder / "config.json", lambda file: file.write_text(described))
     write_whole(folder / "history.jsonl", lambda file: file.write_text(lines))
-    save_generator(generator, folder / NETWORKS[1 + bool(misfit_of(generator.config))])
+    fits, other = GENERATORS
+    save_generator(generator, folder / (other if misfit_of(generator.config) else fits))
     save_curves(history, folder / "curves.png", floor)
     save_picture(samples, folder / "samples.png")
 

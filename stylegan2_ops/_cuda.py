@@ -155,6 +155,8 @@ def start(name, macros, device, blocks, arguments):
     kernel = load(name, macros, architecture(device))
     config = cuda.core.LaunchConfig(grid=blocks, block=BLOCK)
     with torch.cuda.device(device):
+        # A new thread, such as autograd's, has no context before PyTorch's own first kernel in it.
+        cuda.core.Device(device.index).set_current()
         stream = _stream(torch.cuda.current_stream().cuda_stream)
         cuda.core.launch(stream, config, kernel, *arguments)
 

@@ -102,7 +102,7 @@ def read_checkpoint(path):
 
 
 def _read_file(path):
-    path = Path(path)
+    path, data = Path(path), b""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise CheckpointError("not a regular file")
@@ -125,7 +125,10 @@ def _read_file(path):
         kind = type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
             kind += f": {error}"
-        raise CheckpointError(f"{path}: damaged, or more than plain tensors ({kind})") from error
+        other = "more than plain tensors"
+        if data and path.suffix != ".safetensors" and not data.startswith((b"PK", b"\x80")):
+            other = "written by neither pickle nor torch.save"  # such as a page that asks to log in
+        raise CheckpointError(f"{path}: damaged, or {other} ({kind})") from error
 
 
 def write_checkpoint(checkpoint, path):

@@ -1,4 +1,9 @@
-"""What `python ipl.py convert` and `python ipl.py inspect` do. Neither runs a network."""
+"""What `python ipl.py convert` and `python ipl.py inspect` do. Neither runs a network.
+
+Their docstrings are the --help texts. Both raise CheckpointError if the source cannot be read.
+`convert` raises it as well if the source does not fit rosinality's layout, ValueError if it cannot
+write to such a name, and OSError if it cannot write at all.
+"""
 
 from pathlib import Path
 
@@ -7,26 +12,29 @@ from .pickles import some
 
 
 def convert(source: str, target: Path, /):
-    """Write the generator of a checkpoint (a file or a URL) to another file, bit for bit.
+    """Write the generator of a checkpoint to another file, bit for bit, and nothing else of it.
 
-    The name of the new file ends in .pt, for rosinality's layout, or in .safetensors. A file that
-    is there is replaced. Raises ValueError if it is neither or in no folder, CheckpointError if the
-    source cannot be read or does not fit rosinality's layout, OSError if the file cannot be
-    written.
+    Args:
+        source: Checkpoint, a file or a URL.
+        target: File to write, .pt for rosinality's layout or .safetensors; replaced if it is there.
     """
-    if target.suffix not in (".pt", ".safetensors") or not target.parent.is_dir():
+    named = target.suffix in (".pt", ".safetensors")
+    if not named or not target.parent.is_dir() or target.is_dir():
         raise ValueError(
             f"cannot convert to {target}; wanted: a name in .pt (rosinality's layout) or "
             ".safetensors, in a folder that is there"
         )
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise ValueError(f"cannot convert {source} to itself; wanted: another name")
     write_checkpoint(read_checkpoint(source), target)
     print(f"{target}: the generator of {source}")
 
 
 def inspect(source: str, /):
-    """Print what is in a checkpoint (a file or a URL), a line for each fact.
+    """Print what is in a checkpoint, a line for each fact.
 
-    Raises CheckpointError if it cannot be read.
+    Args:
+        source: Checkpoint, a file or a URL.
     """
     layout, config, state, w_avg, beside = read_checkpoint(source)
     generator = empty_generator(config)

@@ -49,7 +49,7 @@ def download(url):
         with open(note, "a+") as lock:  # its text: the version of the file that `part` begins
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
-                if path.exists() and digest not in ("", _sha256(path)):
+                if digest and path.exists() and _sha256(path) != digest:
                     path.unlink()
                 if not path.exists():
                     _repeat(address, part, lock, bool(digest))
@@ -92,7 +92,8 @@ def _repeat(address, part, note, verified):
         failures = 1 if size > best else failures + 1
         best = max(best, size)
     reason = " ".join(str(reason).split())
-    raise CheckpointError(f"{address}: {reason}; the next call goes on after {size:,} bytes")
+    more = f"; the next call goes on after {size:,} bytes" if size else ""
+    raise CheckpointError(f"{address}: {reason}{more}")
 
 
 def _attempt(address, part, note, verified):

@@ -179,6 +179,12 @@ def test_damaged(tmp_path, suffix, damage):
     assert "damaged" in refusal(path)
 
 
+def test_a_page_in_place_of_a_file(tmp_path):
+    path = tmp_path / "network.pkl"
+    path.write_text("<!DOCTYPE html><title>Sign in</title>")
+    assert refusal(path).startswith(": damaged, or written by neither pickle nor torch.save (")
+
+
 class Payload:
     def __init__(self, path):
         self.path = path

@@ -232,6 +232,27 @@ def test_hostile_files_run_nothing_whatever_the_command(tmp_path, capsys, name):
     assert not marker.exists() and not list(tmp_path.iterdir())
 
 
+def test_convert_to_itself_would_lose_the_training_state(tmp_path, capsys):
+    path = tmp_path / "network.pt"
+    shutil.copy(WORLD[1], path)
+    before = path.read_bytes()
+    (tmp_path / "link.pt").symlink_to(path)
+    for target in (path, tmp_path / "link.pt"):
+        assert "to itself" in refused(capsys, "convert", str(path), str(target))
+    (tmp_path / "folder.pt").mkdir()
+    assert "cannot conv" in refused(capsys, "convert", str(path), str(tmp_path / "folder.pt"))
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_help_of_commands_speaks_to_users(capsys, command):
+    with pytest.raises(SystemExit) as exit_:
+        ipl.main([command, "--help"])
+    said = capsys.readouterr().out
+    assert exit_.value.code == 0 and "Checkpoint, a file or a URL." in said
+    assert "Raises" not in said and "Error" not in said
+
+
 @pytest.mark.parametrize(
     "target, words",
     [
@@ -290,6 +311,7 @@ BAD = {
     "psi": (["--truncation-psi", "inf"], "--truncation-psi must be finite"),
     "no classes": (["--class-index", "0"], "class 0 of no classes; wanted: no class index"),
     "weights of two CLIPs": (["--clip-weights", "1", "2"], "a number above 0 for each CLIP"),
+    "clip twice": (["--clip", WORLD[3], WORLD[3]], "the same CLIP twice; wanted: --clip-weights"),
     "weight of 0": (["--clip-weights", "0"], "a number above 0 for each CLIP"),
     "second clip": (["--clip", WORLD[3], "nowhere.pt"], "'nowhere.pt' is neither a file nor"),
 }
@@ -346,7 +368,7 @@ def test_a_run_that_diverges_says_so_and_spoils_nothing(finished, capsys):
 @pytest.mark.parametrize("args", ["--freeze .", "--freeze nois3", "--num-layers 99"])
 def test_layers_that_are_not_there(tmp_path, capsys, args):
     words = refused(capsys, *WORLD, *SHORT, *args.split(), "--out", str(tmp_path / "run"))
-    assert args in words and "wanted" in words or "must fit" in words
+    assert args in words and ("wanted" in words or "must fit" in words)
     assert not (tmp_path / "run").exists()
 
 

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -437,6 +438,18 @@ def test_generator_by_kernels_and_by_reference(monkeypatch):
     images.append(generator.synthesis(w))
     torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(*(grad(i.sum(), w)[0] for i in images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_the_first_kernel_of_a_thread():
+    """PyTorch gives a thread its CUDA context late: https://github.com/pytorch/pytorch/issues/124565"""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, f = torch.randn(1, 2, 5, 5, device="cuda"), torch.ones(3, 3, device="cuda")
+    expected = upfirdn2d(x, f, impl="cuda")
+    with ThreadPoolExecutor(1) as pool:
+        y = pool.submit(upfirdn2d, x, f, impl="cuda").result()
+    assert torch.equal(y, expected)
 
 
 # ----------------------------------------------------------------------------------------------
