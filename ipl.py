@@ -128,9 +128,9 @@ class Config:
 
 # The miniature's networks are small and learn at other rates: its runs start from these values.
 MINIATURE = Config(
-    residual="none", lr_mapper=1.0, steps_mapper=120, lambda_domain=2.0, lambda_source=1.0,
-    lr=0.006, batch=8, steps=300, eps=0.1, noise="fixed", crop=0.15, layers="all", freeze="noise",
-    truncation_psi=1.0,
+    residual="none", lr_mapper=1.0, batch_mapper=16, steps_mapper=120, lambda_domain=2.0,
+    lambda_source=1.0, lr=0.006, batch=4, steps=250, eps=0.1, noise="fixed", crop=0.15,
+    layers="all", freeze="noise", autocast=True, truncation_psi=1.0,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------
