@@ -125,8 +125,7 @@ class Truth:
 
     def figures(self, images, target):
         """What the judge sees in pictures that should show these persons in a target domain."""
-        out, true = self.judge(images), self.judge(self.draw(target))
-        others = self.judge(self.draw(target, self.others))["features"]
+        out, (true, others) = self.judge(images), true_features(self, target)
         source, goal = (faces.DOMAINS.index(d) for d in (self.source, target))
         domain = out["domain"].argmax(1)
         read = [out[k].argmax(1) == self.persons.category(k) for k in faces.CATEGORIES]
@@ -141,14 +140,18 @@ class Truth:
             "cues": sum(cues.values()) / len(cues),
             "attributes": torch.stack(read).float().mean().item(),
             "identity": (nearest == torch.arange(len(images))).float().mean().item(),
-            "diversity": (
-                F.pdist(out["features"]).mean() / F.pdist(true["features"]).mean()
-            ).item(),
+            "diversity": (F.pdist(out["features"]).mean() / F.pdist(true).mean()).item(),
             "frechet": frechet(out["features"], others),
             "inception": sum(inception(out[k]) for k in faces.CATEGORIES) / len(faces.CATEGORIES),
             "structure": dice.mean().item(),
             **{f"cue {c}": share for c, share in cues.items()},
         }
+
+
+@functools.cache
+def true_features(truth, target):
+    """The judge's features of the truth, and those of other persons in the target domain."""
+    return [truth.judge(truth.draw(target, who))["features"] for who in (None, truth.others)]
 
 
 # ----------------------------------------------------------------------------
@@ -285,6 +288,15 @@ def world(n, latents):
         return generator, *ipl.load_clip(CLIP), Truth(n, latents, load_judge(), generator)
 
 
+@functools.cache
+def oracle_of(n, latents, target):
+    """The oracle of a target, and the true steps [n, e] of the report's persons."""
+    _, clip_model, transform, truth = world(n, latents)
+    with torch.no_grad():
+        oracle = Oracle(clip_model, transform, target)
+        return oracle, oracle.own(truth.z)
+
+
 def file_of(cfg, target, method, seed):
     return cfg.out / f"{target}-{method}-{seed}.json".replace(" ", "-")
 
@@ -293,9 +305,7 @@ def run(cfg, target, method, seed):
     """One adaptation, measured: writes a row of figures and a strip of ten pictures."""
     start = time.perf_counter()
     generator, clip_model, transform, truth = world(cfg.n, cfg.latents)
-    with torch.no_grad():
-        oracle = Oracle(clip_model, transform, target)
-        step = oracle.own(truth.z)
+    oracle, step = oracle_of(cfg.n, cfg.latents, target)
     adapted, of_z = train(
         cfg.preset, target, method, seed, generator, clip_model, transform, oracle
     )

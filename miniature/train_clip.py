@@ -5,11 +5,11 @@ BPE vocabulary, 77 positions). The recipe has two aims.
 
 Gradients that mean something: mixtures of domains and captions that speak of them, strong
 photometric augmentation, linear heads that read off image and text features alike what a picture
-shows (dropped afterwards), and, once the captions are learned, a step of adversarial training in an
-L2 ball on seven of eight batches: projected gradient in two steps (one step is not enough: it was
-learned, and ten steps broke it), most often against the domain. These batches are tinted less, for a
-faint picture has not the room for an attack. And the softmax over the labels shall be
-each domain's share of the cues, so that none stands for all. First on 64 pixels, then on 128.
+shows (dropped afterwards), and, once the captions are learned, adversarial training in an L2 ball
+on seven of eight batches: projected gradient in two steps (against one step it learned to hold, and
+ten broke it), most often against the domain. These batches are tinted less, for a faint picture has
+no room for an attack. And the softmax over the labels shall be each domain's share of the cues, so
+that no cue stands for all. First on 64 pixels, then on 128.
 
 Language that composes: a third of the batches are pairs, the same persons as photo and in another
 domain, under the same words but for the label. The step between the two texts learns to point along

@@ -8,7 +8,7 @@ import torch
 
 import ipl
 import miniature
-from miniature import captions, evaluate, faces, inspect
+from miniature import captions, evaluate, faces, inspect, train_clip
 from miniature.judge import load_judge
 from miniature.train_generator import CROSSOVER
 from stylegan2_ops import load_generator
@@ -203,7 +203,28 @@ def test_clip_tells_the_domains_apart():
             found = (clip_model.encode_image(transform(images)) @ labels.T).argmax(1)
         right.append((found == i).float().mean())
         assert right[-1] > 0.9, domain
-    assert torch.stack(right).mean() > 0.97
+    assert torch.stack(right).mean() > 0.99
+
+
+def test_clip_resists_an_attack():
+    """Ten steps of projected gradient against the domain, at most 4 away on [-1, 1] pixels."""
+    clip_model, transform = ipl.load_clip(miniature.CLIP)
+    texts = [f"a {domain} of a person" for domain in faces.DOMAINS]
+    labels = torch.nn.functional.normalize(ipl.encode_texts(clip_model, texts), dim=-1)
+    domains = torch.arange(len(texts)).repeat_interleave(8)
+    images = faces.render(faces.sample_persons(len(domains), rng(2)), domains[:, None].repeat(1, 6))
+
+    def logits(x):
+        features = torch.nn.functional.normalize(clip_model.encode_image(transform(x)), dim=-1)
+        return 20 * features @ labels.T
+
+    def loss(x):
+        return torch.nn.functional.cross_entropy(logits(x), domains)
+
+    attacked = train_clip.attack(images, 4.0, loss, steps=10, rng=rng(3))
+    distance = (attacked - images).flatten(1).norm(dim=1)
+    assert distance.max() < 4.001 and loss(attacked) > loss(images) + 0.05
+    assert (logits(attacked).argmax(1) == domains).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("domain", faces.DOMAINS)
@@ -317,9 +338,13 @@ def test_evaluate_shares_the_machine(tmp_path):
     assert one["cosine"] == pytest.approx(two["cosine"], abs=1e-3)
 
 
-def test_inspect_knows_the_truth():
+@pytest.mark.parametrize("domain", ["anime", "monster", "negative"])
+def test_inspect_knows_the_truth(domain):
     clip_model, transform = ipl.load_clip(miniature.CLIP)
-    row = inspect.row(clip_model, transform, faces.sample_persons(16, rng()), "anime")
-    assert 0 < row["room"] < 0.3 and 0 < row["floor"] < 0.5
-    assert row["NADA"] > 0.6 and row["caption"] > 0.6
-    assert max(row[cue] for cue in faces.CUES) < 0.9
+    row = inspect.row(clip_model, transform, faces.sample_persons(48, rng()), domain)
+    assert 0 < row["floor"] < 0.5 and row["NADA"] > 0.5
+    assert max(row[cue] for cue in faces.CUES) < 0.76
+    if domain == "anime":  # changes in much the same way for all
+        assert row["room"] < 0.15 and row["caption"] > row["NADA"]
+    else:  # by who it is, and the language can say so
+        assert row["room"] > 0.28 and row["caption"] > row["NADA"] + 0.15
