@@ -49,12 +49,14 @@ def load_generator(path, device="cpu", class_index=None):
     entries beside the generator are ignored with a warning.
 
     Raises CheckpointError if the file is missing, damaged or made of more than plain tensors; if
-    they are not those of a StyleGAN2 generator, and then names the tensor at fault; and if
-    class_index is wrong, or missing for a conditional generator.
+    they are not those of a StyleGAN2 generator, or not finite, and then names the tensor at fault;
+    and if class_index is wrong, or missing for a conditional generator.
     """
     _, config, state, w_avg, beside = read_checkpoint(path)
     if unknown := [name for name in beside if name not in TRAINING]:
         warnings.warn(f"{path}: ignored {some(unknown)}", stacklevel=2)
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{path}: not finite: {some(broken)}; wanted: another checkpoint")
     classes = config["c_dim"]
     if class_index is None:
         class_index = config["class_index"]

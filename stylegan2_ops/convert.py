@@ -42,6 +42,8 @@ def inspect(source: str, /):
     to_rgbs = sum(name.startswith("to_rgb") and name.endswith(".conv.weight") for name in state)
     types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
     clamp, fp16, classes = (config[name] for name in ("conv_clamp", "num_fp16_res", "c_dim"))
+    chosen = config["class_index"]
+    drawn = "--class-index chooses" if chosen is None else f"of which it draws {chosen}"
     parameters = sum(p.numel() for p in generator.parameters())
     training = [name for name in beside if name in TRAINING]
     unknown = [name for name in beside if name not in TRAINING]
@@ -55,7 +57,7 @@ def inspect(source: str, /):
         "architecture": config["architecture"],
         "conv_clamp": "none" if clamp is None else f"{clamp:g}",
         "float16": f"{fp16} highest resolutions, on a GPU" if fp16 else "none",
-        "classes": f"{classes}, --class-index chooses" if classes else "none",
+        "classes": f"{classes}, {drawn}" if classes else "none",
         "parameters": f"{parameters:,}, stored as {', '.join(types)}",
         "w_avg": "none, it will be estimated" if w_avg is None else "in the file",
         "training state": ", ".join(training) or "none",

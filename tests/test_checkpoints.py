@@ -141,6 +141,15 @@ def test_unknown_entries_are_ignored_with_a_warning(save, checkpoint):
         assert_same(load_generator(path), load_generator(TINY))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(save, checkpoint, value):
+    weight = checkpoint["g_ema"]["convs.0.conv.weight"].clone()
+    weight.view(-1)[3] = value
+    path = save({**checkpoint, "g_ema": {**checkpoint["g_ema"], "convs.0.conv.weight": weight}})
+    with pytest.raises(CheckpointError, match="not finite: 'convs.0.conv.weight'"):
+        load_generator(path)
+
+
 def test_other_types_are_read_as_float32(save, checkpoint):
     half = {name: tensor.half() for name, tensor in checkpoint["g_ema"].items()}
     generator = load_generator(save({**checkpoint, "g_ema": half}))

@@ -156,6 +156,8 @@ def test_a_conditional_generator_draws_the_class_that_is_asked_for(tmp_path, cap
         ipl.main([*world, "--method", "nada", "--class-index", index, "--out", str(out)])
         assert load_generator(out / "generator.safetensors").class_index == int(index)
         assert not (out / "generator.pt").exists()  # rosinality's layout has no classes
+        ipl.main(["inspect", str(out / "generator.safetensors")])
+        assert f"classes         5, of which it draws {index}" in capsys.readouterr().out
         drawn = tmp_path / f"{index}.png"
         ipl.main(["sample", "--run", str(out), "--n", "2", "--out", str(drawn)])
         pictures.append(picture(drawn).tobytes())
