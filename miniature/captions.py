@@ -26,7 +26,7 @@ ADJECTIVES = (
     "small", "hard to see",
 )
 ARTICLES = ("a", "the", "my", "one", "many", "")
-# What the colors cue of a domain does not show.
+# What a caption does not say where the colors cue is of this domain, for it is hard to see there.
 HIDDEN = {
     "sketch": ("skin", "hair_color", "hat_color", "clothes", "background"),
     "elderly": ("hair_color",),
@@ -176,8 +176,9 @@ LOOKS |= {cue: len(DOMAINS) for cue in STYLE}
 def looks(categories, styles):
     """What pictures show, [B, 16] in the order of FACTORS: indices below LOOKS.
 
-    A monster's skin is another colour, and so is everything in a negative; a sketch has no colours,
-    and an old person's hair is grey. categories [B, 10], styles [B, 6].
+    The skin and hair of a monster are other colours, its wall and all of a negative too; a sketch
+    has no colours, and an old person's hair is grey. (A monster's eyes and horns, which tell of the
+    skin as well, do not count.) categories [B, 10], styles [B, 6].
     """
     seen = categories.clone()
 
@@ -193,6 +194,7 @@ def looks(categories, styles):
             seen[:, at] += n * (k + 1) * drawn_as(cue, domain)
     no_hat = categories[:, FACTORS.index("hat")] == CATEGORIES["hat"][0].index("none")
     hidden = {factor: drawn_as("colors", "sketch") for factor in HIDDEN["sketch"]}
+    hidden["background"] = drawn_as("background", "sketch")
     hidden["hair_color"] = hidden["hair_color"] | drawn_as("colors", "elderly")
     hidden["hat_color"] = hidden["hat_color"] | no_hat
     for factor, where in hidden.items():

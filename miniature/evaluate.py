@@ -5,7 +5,8 @@ For every target and seed the generator is adapted with each way to choose the t
 
   nada       one direction for all images, between the labels
   ipl        image-specific prompts, with the preset of the miniature
-  published  the same, with stage 1 as published (residual prompts and loss weights)
+  published  the same, but stage 1's residual prompts, loss weights and number of steps are the
+             published ones (its rate and batch are those of the preset)
   mean       oracle: the mean of the true steps of 256 persons
   own        oracle: each image's own true step
   caption    oracle: the step between the two full captions of that very person
@@ -27,8 +28,11 @@ latents that no training uses. It reads
   cosine          mean cos of the text direction and the true step of that person
 
 With --run it only reads one finished run. A row is the mean over the seeds, +- half the 95%
-interval of Student's t; differences are paired by seed. Whatever is finished is kept in the folder
-of --out, so a stopped evaluation goes on where it was.
+interval of Student's t; differences are of runs of one seed (stage 1 draws from the same
+generator, so IPL's stage 2 sees other latents than NADA's). `source` and `inception` are in the
+JSON file only. Whatever is finished is kept in the folder of --out, so a stopped evaluation goes on
+where it was; the same command with fewer targets or seeds writes the table of those. All 270 runs
+take some 4 hours of one CPU core; the head of the table says how long its own took.
 """
 
 import functools
@@ -36,6 +40,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -50,7 +55,7 @@ from tqdm import tqdm
 import ipl
 from miniature import CLIP, GENERATOR, JUDGE, captions, faces
 from miniature.judge import load_judge
-from run_folder import save_picture
+from run_folder import find_generator, read_config, save_picture
 from stylegan2_ops import load_generator
 
 METHODS = ("nada", "ipl", "published", "mean", "own", "caption")
@@ -73,7 +78,7 @@ class Config:
     n: int = 512  # Pictures.
     latents: int = 50_000  # Seed of their latents.
     processes: int = os.cpu_count() or 1  # Runs at a time, each on one CPU thread; 1: on all.
-    preset: ipl.Config = ipl.MINIATURE  # Of the runs; target, method and seed are set above.
+    preset: ipl.Config = ipl.MINIATURE  # Of all runs, but for target, method and seed, see above.
 
 
 # ----------------------------------------------------------------------------
@@ -230,8 +235,8 @@ def shown(values):
 def table(rows, cfg):
     """Markdown of all results: rows[target, method, seed] and rows[target, "truth", None]."""
     hours = sum(row.get("seconds", 0) for row in rows.values()) / 3600
-    lines = [f"{cfg.n} pictures from latents of seed {cfg.latents}; seeds {cfg.seeds}; "
-             f"{hours:.1f} hours of one CPU core.", ""]
+    lines = [f"{cfg.n} pictures from latents of seed {cfg.latents}; seeds "
+             f"{', '.join(map(str, cfg.seeds))}; the runs took {hours:.1f} hours, one by one.", ""]
     for target in cfg.targets:
         lines += [f"### {target}", "", "| direction | " + " | ".join(SHOWN) + " |"]
         lines += ["| --- |" + " --- |" * len(SHOWN)]
@@ -263,17 +268,25 @@ def write_json(path, value):
 
 @torch.no_grad()
 def read_run(cfg):
-    """The table of one finished run of ipl.py."""
-    settings = json.loads((cfg.run / "config.json").read_text())
-    truth = Truth(cfg.n, cfg.latents, load_judge(), load_generator(GENERATOR), settings["source"])
+    """The table of one finished run of ipl.py. Raises ValueError if there is no truth for it."""
+    adapted = find_generator(cfg.run)
+    if adapted is None:
+        raise ValueError(f"{cfg.run} is no finished run; wanted: a folder with a generator.pt")
+    settings = read_config(cfg.run)
+    domains = settings["source"].strip(), settings["target"].strip()
+    if settings["generator"] or not set(domains) <= set(faces.DOMAINS):
+        raise ValueError(f"{cfg.run}: {' to '.join(domains)} has no truth; wanted: a run of the "
+                         f"miniature, with two of {', '.join(faces.DOMAINS)}")
+    source, target = domains
+    truth = Truth(cfg.n, cfg.latents, load_judge(), load_generator(GENERATOR), source)
     pictures = {
         "source": truth.generated,
-        "adapted": truth.pictures(load_generator(cfg.run / "generator.pt")),
-        "truth": truth.draw(settings["target"]),
+        "adapted": truth.pictures(load_generator(adapted)),
+        "truth": truth.draw(target),
     }
     print(f"{cfg.n} pictures, latents of seed {cfg.latents}, {cfg.run}")
     for i, (name, images) in enumerate(pictures.items()):
-        figures = truth.figures(images, settings["target"])
+        figures = truth.figures(images, target)
         columns = ["target", "source", *(k for k in SHOWN[1:] if k in figures)]
         if i == 0:
             print(" " * 8, *(f"{k:>10}" for k in columns))
@@ -319,27 +332,53 @@ def run(cfg, target, method, seed):
     write_json(path, row)
 
 
+def check(cfg):
+    """Raises ValueError, of one line, about what was asked for."""
+    ipl.check(cfg.preset)
+    for name, known in (("targets", faces.DOMAINS[1:]), ("methods", METHODS), ("seeds", None)):
+        given = getattr(cfg, name)
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"--{name} is empty, or names one twice")
+        if known and (unknown := [x for x in given if x not in known]):
+            raise ValueError(f"--{name} {', '.join(unknown)}; wanted: {', '.join(known)}")
+    if cfg.processes < 1 or cfg.n < 16:
+        raise ValueError("--processes must be at least 1, and --n at least 16")
+    for name in ("source", "generator", "class_index", "clip", "clip_weights", "device"):
+        if getattr(cfg.preset, name) != getattr(ipl.MINIATURE, name):
+            flag = f"--preset.{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is fixed: all runs are of the miniature's photos, on a CPU")
+
+
 def check_settings(cfg):
-    """Keeps what the rows in a folder depend on; ends if they came of something else."""
-    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (CLIP, GENERATOR, JUDGE)}
-    found = {"n": cfg.n, "latents": cfg.latents, "preset": asdict(cfg.preset), **digests}
+    """Keeps what the rows in a folder depend on; raises ValueError if they came of other things."""
+    files = CLIP, GENERATOR, JUDGE, Path(faces.__file__)
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    found = {"n": cfg.n, "latents": cfg.latents, **asdict(cfg.preset), **digests}
+    found |= {f"published {name}": value for name, value in PUBLISHED.items()}
     found, path = json.loads(json.dumps(found)), cfg.out / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != found:
-        raise SystemExit(f"evaluate: {cfg.out} has other settings or weights; wanted: a new --out")
+    if path.exists() or any(cfg.out.glob("*-*-*.json")):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if changed := [k for k in {**known, **found} if known.get(k, ...) != found.get(k, ...)]:
+            other = ", ".join(changed)
+            raise ValueError(f"{cfg.out} has rows of another {other}; wanted: a new --out")
     write_json(path, found)
 
 
 def share_the_machine():
-    """In a process of its own: one thread, and no progress bar within that of the evaluation."""
+    """In a process of its own: one thread, no progress bar within that of the evaluation, and
+    Ctrl-C ends it at once.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stderr = open(os.devnull, "w")
 
 
 def train_all(cfg):
     """Every run that is not finished yet, cfg.processes at a time."""
-    jobs = [(t, m, s) for t in cfg.targets for s in cfg.seeds for m in cfg.methods]
-    jobs = [job for job in jobs if not file_of(cfg, *job).exists()]
-    bar = functools.partial(tqdm, desc="evaluate", total=len(jobs), disable=None)
+    every = [(t, m, s) for t in cfg.targets for s in cfg.seeds for m in cfg.methods]
+    jobs = [job for job in every if not file_of(cfg, *job).exists()]
+    kept = dict(initial=len(every) - len(jobs), total=len(every))
+    bar = functools.partial(tqdm, desc="evaluate", disable=None, **kept)
     if cfg.processes == 1:
         for job in bar(jobs):
             run(cfg, *job)
@@ -355,9 +394,7 @@ def train_all(cfg):
 
 
 def main(cfg):
-    for name, known in (("targets", faces.DOMAINS[1:]), ("methods", METHODS)):
-        if unknown := [x for x in getattr(cfg, name) if x not in known]:
-            raise SystemExit(f"evaluate: --{name} {', '.join(unknown)}; wanted: {', '.join(known)}")
+    check(cfg)
     if cfg.run:
         return read_run(cfg)
     cfg.out.mkdir(parents=True, exist_ok=True)
@@ -382,7 +419,7 @@ def report(cfg):
         strips[target] = [truth.generated[:10], *first, true[:10]]
     text = table(rows, cfg)
     (cfg.out / "table.md").write_text(text)
-    flat = [{"target": t, "method": m, "seed": s, **row} for (t, m, s), row in rows.items()]
+    flat = [{"domain": t, "method": m, "seed": s, **row} for (t, m, s), row in rows.items()]
     write_json(cfg.out / "table.json", flat)
     picture(strips, cfg, cfg.out / "pictures.png")
     print(text)
@@ -393,5 +430,8 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config, description=__doc__))
+    except (ValueError, OSError) as error:
+        print("evaluate: error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from error
     except KeyboardInterrupt:
-        raise SystemExit("\nevaluate: stopped; the same command goes on from here") from None
+        raise SystemExit("\nevaluate: stopped; finished runs are kept") from None

@@ -12,8 +12,8 @@ from miniature.faces import CATEGORIES, CUES, DOMAINS, PROPORTIONS
 class Judge(nn.Module):
     """Residual convolutions: images [B, 3, 64, 64] in [-1, 1] -> a dict of heads.
 
-    ``domain`` [B, 9]: logits whose softmax is the share of the six cues that each domain has; one
-    head of logits [B, 9] per cue, and one per attribute; ``proportions`` [B, 10]; ``features``
+    ``domain`` [B, 10]: logits whose softmax is the share of the six cues that each domain has; one
+    head of logits [B, 10] per cue, and one per attribute; ``proportions`` [B, 10]; ``features``
     [B, 256]: what distances are measured in.
     """
 

@@ -6,10 +6,10 @@ BPE vocabulary, 77 positions). The recipe has two aims.
 Gradients that mean something: mixtures of domains and captions that speak of them, strong
 photometric augmentation, linear heads that read off image and text features alike what a picture
 shows (dropped afterwards), and, once the captions are learned, adversarial training in an L2 ball
-on seven of eight batches: projected gradient in two steps (against one step it learned to hold, and
-ten broke it), most often against the domain. These batches are tinted less, for a faint picture has
-no room for an attack. And the softmax over the labels shall be each domain's share of the cues, so
-that no cue stands for all. First on 64 pixels, then on 128.
+on seven of eight batches of 128 pixels: projected gradient in two steps (against one step it
+learned to hold, and ten broke it), most often against the domain. These batches are tinted less,
+for a faint picture has no room for an attack. And the softmax over the labels shall be each
+domain's share of the cues, so that no cue stands for all. First on 64 pixels, then on 128.
 
 Language that composes: a third of the batches are pairs, the same persons as photo and in another
 domain, under the same words but for the label. The step between the two texts learns to point along
@@ -241,10 +241,10 @@ def domain_loss(image_features, label_features, styles):
     return F.cross_entropy(logits, share)
 
 
-def attack(x, epsilon, loss_of, steps=1, rng=None):
+def attack(x, epsilon, loss_of, *, steps, rng):
     """Pictures near x, each at an L2 distance of at most epsilon, with a higher loss.
 
-    Projected gradient from a random start.
+    Projected gradient from a random start; pixels may leave [-1, 1].
     """
 
     def project(d):
@@ -257,7 +257,7 @@ def attack(x, epsilon, loss_of, steps=1, rng=None):
         d.requires_grad_(True)
         (grad,) = torch.autograd.grad(loss_of(x + d), d)
         unit = grad / grad.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
-        d = project(d.detach() + unit * epsilon * (1.0 if steps == 1 else 2.5 / steps))
+        d = project(d.detach() + unit * epsilon * 2.5 / steps)
     return x + d
 
 
@@ -453,7 +453,7 @@ def main(cfg):
 
             def attacked_loss(v, step=step, index=index, fixed=fixed, fixed_labels=fixed_labels):
                 features = encode(v)
-                if step % 4:  # three of four attack the domain, the others all that is said
+                if step % 4:  # six of seven attack the domain, the others all that is said
                     return domain_loss(features, *fixed_labels)
                 return contrastive(features, *fixed) + heads.loss(features, looks[index])
 

@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +143,22 @@ def test_looks_are_what_is_drawn():
     for i, factor in enumerate(captions.FACTORS):
         assert negative[:, i].max() < captions.LOOKS[factor]
         assert sketch[:, i].max() < captions.LOOKS[factor]
+
+
+@pytest.mark.parametrize("cue", faces.CUES)
+def test_looks_of_the_wall_change_where_it_does(cue):
+    """Another wall, one cue of another domain: seen exactly if it is drawn."""
+    persons, at = faces.sample_persons(8, rng()), captions.FACTORS.index("background")
+    categories = persons.categories.clone()
+    categories[:, at] = (categories[:, at] + 1) % 6
+    for domain in faces.DOMAINS:
+        styles = faces.styles_of("photo", 8)
+        styles[:, faces.CUES.index(cue)] = faces.DOMAINS.index(domain)
+        pair = [faces.Persons(c, persons.proportions) for c in (persons.categories, categories)]
+        a, b = (faces.render(x, styles) for x in pair)
+        seen = captions.looks(pair[0].categories, styles), captions.looks(categories, styles)
+        drawn = (a - b).abs().mean() > 0.06
+        assert (seen[0][:, at] != seen[1][:, at]).all() == drawn, domain
 
 
 def test_unknown_words_are_named_and_labels_are_known():
@@ -322,7 +341,7 @@ def test_evaluate_goes_on_where_it_was(tmp_path, monkeypatch, generator):
     (tmp_path / "anime-nada-2.json").unlink()
     with pytest.raises(TypeError):
         evaluate.main(cfg)
-    with pytest.raises(SystemExit, match="other settings or weights"):
+    with pytest.raises(ValueError, match="rows of another n; wanted: a new --out"):
         evaluate.main(evaluate.replace(cfg, n=17))
 
 
@@ -334,17 +353,53 @@ def test_evaluate_shares_the_machine(tmp_path):
         out = tmp_path / str(processes)
         evaluate.main(evaluate.Config(**both, out=out, processes=processes))
     one, two = (json.loads((tmp_path / n / "anime-ipl-1.json").read_text()) for n in "12")
-    assert one["cues"] == pytest.approx(two["cues"], abs=0.1) and one["cosine"] != 0
     assert one["cosine"] == pytest.approx(two["cosine"], abs=1e-3)
+    first, second = (torch.load(tmp_path / n / "anime-ipl-1.pt", weights_only=True) for n in "12")
+    torch.testing.assert_close(first, second, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("domain", ["anime", "monster", "negative"])
+def test_evaluate_keeps_no_rows_of_other_settings(tmp_path):
+    short = evaluate.replace(ipl.MINIATURE, steps=1)
+    cfg = evaluate.Config(out=tmp_path, n=16, preset=short)
+    evaluate.check_settings(cfg)
+    evaluate.check_settings(cfg)
+    other = evaluate.replace(cfg, n=17, preset=evaluate.replace(short, lr=0.5))
+    with pytest.raises(ValueError, match="rows of another n, lr; wanted"):
+        evaluate.check_settings(other)
+    (tmp_path / "settings.json").unlink()
+    evaluate.check_settings(cfg)
+    (tmp_path / "settings.json").unlink()
+    (tmp_path / "anime-nada-1.json").write_text("{}")
+    with pytest.raises(ValueError, match="rows of another n"):  # nobody knows of what they are
+        evaluate.check_settings(cfg)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--targets", "cyberpunk"], "--targets cyberpunk; wanted: anime, sketch"),
+        (["--methods", "nada", "nada"], "--methods is empty, or names one twice"),
+        (["--seeds"], "--seeds is empty"),
+        (["--processes", "0"], "--processes must be at least 1"),
+        (["--preset.steps", "0"], "--steps must be at least 1"),
+        (["--preset.source", "anime"], "--preset.source is fixed"),
+        (["--run", "nowhere"], "nowhere is no finished run"),
+    ],
+)
+def test_evaluate_answers_in_one_line(tmp_path, words, answer):
+    command = [sys.executable, "-m", "miniature.evaluate", "--out", str(tmp_path / "out"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    errors = [line for line in done.stderr.splitlines() if line.startswith("evaluate: error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and answer in errors[0], done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("domain", faces.DOMAINS[1:])
 def test_inspect_knows_the_truth(domain):
     clip_model, transform = ipl.load_clip(miniature.CLIP)
-    row = inspect.row(clip_model, transform, faces.sample_persons(48, rng()), domain)
-    assert 0 < row["floor"] < 0.5 and row["NADA"] > 0.5
-    assert max(row[cue] for cue in faces.CUES) < 0.76
-    if domain == "anime":  # changes in much the same way for all
-        assert row["room"] < 0.15 and row["caption"] > row["NADA"]
-    else:  # by who it is, and the language can say so
-        assert row["room"] > 0.28 and row["caption"] > row["NADA"] + 0.15
+    persons = faces.sample_persons(128, rng(inspect.Config.seed))
+    row = inspect.row(clip_model, transform, persons, domain)
+    assert 0 < row["floor"] < 0.5 and row["caption"] > row["NADA"] > 0.5
+    assert max(row[cue] for cue in faces.CUES) <= 0.75  # none carries the way alone
+    if domain in ("monster", "negative"):  # change by who it is, and the language can say so
+        assert row["room"] >= 0.3 and row["caption"] >= row["NADA"] + 0.15
