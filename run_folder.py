@@ -13,7 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from stylegan2_ops.checkpoints import misfit_of, save_generator, write_whole
@@ -65,7 +65,7 @@ def save_run(folder, config, mappers, generator, history, floor, samples):
         (folder / name).unlink(missing_ok=True)
     if mappers:
         state = (mappers[0] if len(mappers) == 1 else nn.ModuleList(mappers)).state_dict()
-        write_whole(folder / "mapper.safetensors", lambda file: save_file(state, file))
+        write_whole(folder / "mapper.safetensors", lambda file: file.write_bytes(save(state)))
     described = json.dumps(config | paths, indent=2) + "\n"
     write_whole(folder / "config.json", lambda file: file.write_text(described))
     write_whole(folder / "history.jsonl", lambda file: file.write_text(lines))
