@@ -334,7 +334,6 @@ def run(cfg, target, method, seed):
 
 def check(cfg):
     """Raises ValueError, of one line, about what was asked for."""
-    ipl.check(cfg.preset)
     for name, known in (("targets", faces.DOMAINS[1:]), ("methods", METHODS), ("seeds", None)):
         given = getattr(cfg, name)
         if not given or len(set(given)) < len(given):
@@ -347,6 +346,7 @@ def check(cfg):
         if getattr(cfg.preset, name) != getattr(ipl.MINIATURE, name):
             flag = f"--preset.{name.replace('_', '-')}"
             raise ValueError(f"{flag} is fixed: all runs are of the miniature's photos, on a CPU")
+    ipl.check(cfg.preset)
 
 
 def check_settings(cfg):
