@@ -57,6 +57,7 @@ from miniature import CLIP, GENERATOR, JUDGE, captions, faces
 from miniature.judge import load_judge
 from run_folder import find_generator, read_config, save_picture
 from stylegan2_ops import load_generator
+from stylegan2_ops.checkpoints import write_whole
 
 METHODS = ("nada", "ipl", "published", "mean", "own", "caption")
 PUBLISHED = {
@@ -261,9 +262,7 @@ def picture(strips, cfg, path):
 
 
 def write_json(path, value):
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(aside, path)
+    write_whole(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 @torch.no_grad()
@@ -418,7 +417,7 @@ def report(cfg):
         first = [torch.load(file, weights_only=True) for file in first]
         strips[target] = [truth.generated[:10], *first, true[:10]]
     text = table(rows, cfg)
-    (cfg.out / "table.md").write_text(text)
+    write_whole(cfg.out / "table.md", lambda aside: aside.write_text(text))
     flat = [{"domain": t, "method": m, "seed": s, **row} for (t, m, s), row in rows.items()]
     write_json(cfg.out / "table.json", flat)
     picture(strips, cfg, cfg.out / "pictures.png")

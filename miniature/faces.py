@@ -277,15 +277,18 @@ def _luminance(color):
     return (color * _rgb(color, (30, 59, 11))).sum(-3, keepdim=True)
 
 
-def _recolor(color, cue):
-    """A colour as the colors cue shows it, by those columns of COLORS that fit every colour."""
+def _recolor(color, cue, negative=None):
+    """A colour as the colors cue shows it, by those columns of COLORS that fit every colour.
+
+    negative: how far it is inverted, if another cue than this one says so.
+    """
     gray = _luminance(color)
     color = gray + (color - gray) * cue.saturation
     color = (color - 0.5) * cue.contrast + 0.5 + cue.brightness
     color = _toward(color, (98, 96, 92), cue.paper)
     ink = torch.lerp(_rgb(color, (20, 22, 38)), _rgb(color, (93, 82, 62)), gray)
     color = torch.lerp(color, ink, cue.print).clamp(0, 1)
-    return torch.lerp(color, 1 - color, cue.negative)
+    return torch.lerp(color, 1 - color, cue.negative if negative is None else negative)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -334,9 +337,7 @@ class _Scene:
         self.hair = _recolor(self.palette(HAIR, "hair_color"), cue)
         self.hair = torch.lerp(self.hair, self.palette(MONSTER_HAIR, "hair_color"), cue.monster)
         self.hair = _toward(self.hair, (84, 84, 86), 0.88 * cue.grey_hair)
-        positive = SimpleNamespace(**{**vars(cue), "negative": 0 * cue.negative})
-        clothes = _recolor(self.palette(CLOTH, "clothes"), positive)
-        self.clothes = torch.lerp(clothes, 1 - clothes, self.background.negative)
+        self.clothes = _recolor(self.palette(CLOTH, "clothes"), cue, self.background.negative)
         self.dark, self.white = self.dye(10, 8, 9), _rgb(skin, (97, 97, 96))
 
         # The hair's structure: strands are factors of its colour, curls displace its edge.

@@ -211,10 +211,15 @@ def test_truncation_makes_proportions_milder(generator):
     assert psnr(images, faces.render(milder, photo)) > psnr(images, faces.render(persons, photo))
 
 
+def label_features(clip_model):
+    """Unit features [10, e] of a sentence about each domain."""
+    texts = [f"a {domain} of a person" for domain in faces.DOMAINS]
+    return torch.nn.functional.normalize(ipl.encode_texts(clip_model, texts), dim=-1)
+
+
 def test_clip_tells_the_domains_apart():
     clip_model, transform = ipl.load_clip(miniature.CLIP)
-    texts = [f"a {domain} of a person" for domain in faces.DOMAINS]
-    labels = torch.nn.functional.normalize(ipl.encode_texts(clip_model, texts), dim=-1)
+    labels = label_features(clip_model)
     persons, right = faces.sample_persons(32, rng(2)), []
     for i, domain in enumerate(faces.DOMAINS):
         images = faces.render(persons, faces.styles_of(domain, 32))
@@ -228,9 +233,8 @@ def test_clip_tells_the_domains_apart():
 def test_clip_resists_an_attack():
     """Ten steps of projected gradient against the domain, at most 4 away on [-1, 1] pixels."""
     clip_model, transform = ipl.load_clip(miniature.CLIP)
-    texts = [f"a {domain} of a person" for domain in faces.DOMAINS]
-    labels = torch.nn.functional.normalize(ipl.encode_texts(clip_model, texts), dim=-1)
-    domains = torch.arange(len(texts)).repeat_interleave(8)
+    labels = label_features(clip_model)
+    domains = torch.arange(len(labels)).repeat_interleave(8)
     images = faces.render(faces.sample_persons(len(domains), rng(2)), domains[:, None].repeat(1, 6))
 
     def logits(x):
