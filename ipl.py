@@ -55,10 +55,7 @@ Where it departs from the published code (its file:line in brackets)
 
 import copy
 import math
-import re
-import shlex
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -68,6 +65,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
@@ -92,9 +90,12 @@ class Config:
     # Image-specific prompts; or NADA's one direction for all images, which needs no stage 1.
     method: Literal["ipl", "nada"] = "ipl"
     out: str | None = None  # Run folder. None: runs/<source>-to-<target>, or ...-nada.
-    overwrite: bool = False  # Replace a finished run.
+    overwrite: bool = False  # Replace the run that is in the folder.
+    resume: bool = False  # Go on with it where it was stopped, to the same result.
+    save_every: int = 50  # Steps after which the unfinished run is saved; also if it is stopped.
     seed: int = 0  # Of everything random; latents, crops and samples are those of any device.
     device: str = "auto"  # auto, cpu, cuda or cuda:<n>.
+    deterministic: bool = False  # On a GPU, only kernels that repeat their bits, where there are.
 
     n_ctx: int = 4  # Prompts: number of learned vectors, m.
     ctx_init: str = "a photo of a"  # Prompts: the fixed text of residual prompts.
@@ -444,41 +445,104 @@ def select_layers(
     features = encode_images(generator.synthesis(w_plus, rng=rng))
     (grad,) = torch.autograd.grad(loss(features, text_feature), w_plus)
     weights = (lr * grad).abs().mean(dim=(0, 2))  # [W]
+    sum_over_processes([weights])  # ranks differ in nothing else, and agree
     return weights.topk(k).indices.tolist(), weights
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. Stage 1: the mapper learns
+# 7. Many processes: each draws the whole batch and works on its own rows; features are gathered
+
+
+def ranks():
+    """Which process of how many this is."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own(x):
+    """This process's rows of a batch that all have drawn alike."""
+    rank, processes = ranks()
+    return x.unflatten(0, (processes, -1))[rank]
+
+
+def gather(x):
+    """The rows [B, e] of all processes. A gradient flows into one's own alone, so that the sum of
+    all processes' gradients is that of one process with the whole batch."""
+    rank, processes = ranks()
+    if processes == 1:
+        return x
+    rows = [torch.empty_like(x) for _ in range(processes)]
+    dist.all_gather(rows, x.detach().contiguous())
+    rows[rank] = x
+    return torch.cat(rows)
+
+
+def sum_over_processes(tensors):
+    """Sums each tensor over the processes, in place."""
+    if ranks()[1] > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        for x, total in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(total.view_as(x))
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. Stage 1: the mapper learns
 
 
 def random_inputs(cfg, generator, rng, draw_z=None):
-    """draw_w: n -> w [n, w_dim], and the rng of synthesis: None for fixed noise.
+    """draw_w: n -> w [n, w_dim], and noise_of: step -> the rng of synthesis, None for fixed noise.
 
     Latents are drawn on the CPU, so that a seed means the same people on every device.
     """
     device = generator.w_avg.device
     draw_z = draw_z or (lambda n: torch.randn(n, generator.z_dim, generator=rng))
     seed = int(torch.randint(2**31, (), generator=rng))
-    noise = torch.Generator(device).manual_seed(seed) if cfg.noise == "fresh" else None
-    return torch.no_grad()(lambda n: generator.mapping(draw_z(n).to(device))), noise
+    rank, processes = ranks()
+
+    def noise_of(step):
+        if cfg.noise == "fresh":
+            return torch.Generator(device).manual_seed(seed + step * processes + rank)
+
+    return torch.no_grad()(lambda n: generator.mapping(own(draw_z(n)).to(device))), noise_of
 
 
 def log_step(bar, history, stage, step, loss, parameters, **more):
-    """Adds a row of numbers. Raises FloatingPointError if loss or gradient are not finite."""
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Sums the gradient over the processes and adds a row of numbers to the history.
+
+    Raises FloatingPointError if loss or gradient are not finite: before any weight has changed.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sum_over_processes(gradients)
+    grad_norm = nn.utils.get_total_norm(gradients)
     row = {"stage": stage, "step": step, "loss": loss, **more, "grad_norm": grad_norm}
     row = {k: x.item() if torch.is_tensor(x) else x for k, x in row.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(row[name]):
             wanted = f"a smaller rate ({'--lr-mapper' if stage == 1 else '--lr'})"
-            raise FloatingPointError(
-                f"stage {stage}, step {step}: {name} is {row[name]}; wanted: {wanted}"
-            )
+            if (stage, step) == (2, 0):
+                wanted = "--eps 0.1, for images that do not differ yet"
+            what = f"stage {stage}, step {step}: {name} is {row[name]}"
+            raise FloatingPointError(f"{what}; wanted: {wanted}")
     history.append(row)
     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
 
 
-def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, draw_z=None):
+def stage_bar(stage, steps):
+    """A bar where there is a terminal, of one process."""
+    return trange(steps, desc=f"stage {stage}", disable=ranks()[0] > 0 or None)
+
+
+@torch.no_grad()
+def retrieval_accuracy(image_features, text_features):
+    """The share of images [B, e] whose own text [B, e] is the nearest; by chance, 1 / B."""
+    similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
+    own_place = torch.arange(len(similarity), device=similarity.device)
+    return (similarity.argmax(dim=1) == own_place).float().mean()
+
+
+def train_mapper(
+    cfg, generator, clip_model, transform, *, rng, mapper=None, draw_z=None, keep=None
+):
     """Stage 1 -> the mapper of one CLIP, and a history with a dict of numbers for each step.
 
     With several CLIPs, call it for each. Their mappers share nothing, and Adam does not see the
@@ -486,12 +550,13 @@ def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, dra
 
     clip_model and generator are frozen. rng: a torch.Generator on the CPU, the only source of
     randomness. mapper: where to start, else a new one. draw_z: n -> z [n, z_dim], else normal.
-    Raises FloatingPointError when the loss or its gradient stops being finite.
+    keep: (stage, bar, history, rng, *modules) -> the steps that are left of a run that was stopped,
+    as cli.run_folder.Keeper. Raises FloatingPointError when loss or gradient stop being finite.
     """
     if mapper is None:
         ctx_dim = clip_model.token_embedding.embedding_dim
         mapper = LatentMapper(generator.w_dim, cfg.n_ctx, ctx_dim, rng).to(generator.w_avg.device)
-    draw_w, noise = random_inputs(cfg, generator, rng, draw_z)
+    draw_w, noise_of = random_inputs(cfg, generator, rng, draw_z)
     E_I = image_encoder(clip_model, transform, cfg.autocast)
     logit_scale = clip_model.logit_scale.exp()
     label_source = label_features(clip_model, cfg.source)
@@ -499,12 +564,12 @@ def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, dra
     features_of = prompt_features(cfg, clip_model, mapper, stage=1)
 
     optimizer = torch.optim.Adam(mapper.parameters(), lr=cfg.lr_mapper)
-    history = []
-    for step in (bar := trange(cfg.steps_mapper, desc="stage 1", disable=None)):
+    history, bar = [], stage_bar(1, cfg.steps_mapper)
+    for step in keep(1, bar, history, rng, mapper, optimizer) if keep else bar:
         w = draw_w(cfg.batch_mapper)
         with torch.no_grad():
-            image_features = E_I(generator.synthesis(w, rng=noise))
-        t_source, t_target = features_of(w)
+            image_features = gather(E_I(generator.synthesis(w, rng=noise_of(step))))
+        t_source, t_target = (gather(features) for features in features_of(w))
         contrastive = contrastive_loss(image_features, t_source, logit_scale)
         domain = domain_loss(t_target, label_target)
         domain_source = domain_loss(t_source, label_source)
@@ -512,14 +577,15 @@ def train_mapper(cfg, generator, clip_model, transform, *, rng, mapper=None, dra
 
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
         parts = {"contrastive": contrastive, "domain": domain, "domain_source": domain_source}
-        log_step(bar, history, 1, step, loss, mapper.parameters(), **parts)
+        accuracy = retrieval_accuracy(image_features, t_source)
+        log_step(bar, history, 1, step, loss, mapper.parameters(), **parts, accuracy=accuracy)
+        optimizer.step()
     return mapper, history
 
 
 # ----------------------------------------------------------------------------------------------
-# 8. Stage 2: a copy of the generator learns
+# 9. Stage 2: a copy of the generator learns
 
 
 def prompt_directions(cfg, clip_model, mapper):
@@ -551,7 +617,7 @@ def crop_images(images, windows):
 
 def adapt_generator(
     cfg, generator, clip_model, transform, directions, *, rng,
-    more=(), target=None, layers=None, draw_z=None,
+    more=(), target=None, layers=None, draw_z=None, keep=None,
 ):  # fmt: skip
     """Stage 2 -> the moving average of the adapted generator, and a history.
 
@@ -559,9 +625,9 @@ def adapt_generator(
     more: further CLIPs, each (clip_model, transform, directions); the losses are summed, with
     cfg.clip_weights.
     target: what to train, in place; else a copy of the generator, which itself stays as it is.
-    layers: its W modules that w inputs choose, else target.layers(). rng, draw_z: as in stage 1;
-    in each step the images' z is drawn before that of the layer choice. The average starts at
-    `generator`. Raises FloatingPointError when the loss or its gradient stops being finite.
+    layers: its W modules that w inputs choose, else target.layers(). rng, draw_z, keep: as in
+    stage 1; in each step the images' z is drawn before that of the layer choice. The average starts
+    at `generator`. Raises FloatingPointError when loss or gradient stop being finite.
     """
     source, num_ws = generator, generator.num_ws
     target = copy.deepcopy(source) if target is None else target
@@ -570,13 +636,13 @@ def adapt_generator(
         [x for x in network.state_dict().values() if x.is_floating_point()]
         for network in (average, target)
     )
-    draw_w, noise = random_inputs(cfg, source, rng, draw_z)
+    draw_w, noise_of = random_inputs(cfg, source, rng, draw_z)
     clips = [(clip_model, transform, directions), *more]
     encoders = [image_encoder(model, transform, cfg.autocast) for model, transform, _ in clips]
     loss_of = summed(cfg, partial(directional_loss, eps=cfg.eps))
 
     def E_I(images):  # of all CLIPs: a list of [B, e]
-        return [encode(images) for encode in encoders]
+        return [gather(encode(images)) for encode in encoders]
 
     k = cfg.num_layers or max(1, 2 * num_ws // 3)  # int(2 (2 log2(R) - 2) / 3) in the paper
     adaptive = cfg.layers == "adaptive" and k < num_ws
@@ -589,9 +655,9 @@ def adapt_generator(
     parameters = list(dict.fromkeys(p for group in trainable for p in group))
     # 4/5: StyleGAN2's correction for regularising in every fourth step only, kept by NADA and IPL
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr * 4 / 5, betas=(0.0, 0.99 ** (4 / 5)))
-    history = []
-    for step in (bar := trange(cfg.steps, desc="stage 2", disable=None)):
-        w = draw_w(cfg.batch)
+    history, bar = [], stage_bar(2, cfg.steps)
+    for step in keep(2, bar, history, rng, target, average, optimizer) if keep else bar:
+        w, noise = draw_w(cfg.batch), noise_of(step)
         target.requires_grad_(False)
         chosen = range(num_ws)
         if adaptive:
@@ -603,9 +669,9 @@ def adapt_generator(
             for p in trainable[j]:
                 p.requires_grad_()
 
-        windows = random_windows(cfg.batch, cfg.crop, rng) if cfg.crop else None
+        windows = own(random_windows(cfg.batch, cfg.crop, rng)) if cfg.crop else None
         with torch.no_grad():
-            delta_text = [direct(w) for *_, direct in clips]
+            delta_text = [gather(direct(w).expand(len(w), -1)) for *_, direct in clips]
             x_source = source.synthesis(w, rng=noise)
             source_features = E_I(crop_images(x_source, windows))
         x_target = target.synthesis(w, rng=noise)
@@ -614,18 +680,18 @@ def adapt_generator(
 
         optimizer.zero_grad()  # to None, so that Adam passes over the layers not chosen
         loss.backward()
-        optimizer.step()
-        torch._foreach_lerp_(averaged, current, 1 - cfg.ema)
         pairs = zip(source_features, target_features, strict=True)
         delta_image = torch.cat([feature_delta(*pair).norm(dim=-1) for pair in pairs]).mean()
         parts = {"delta_image": delta_image, "layers": sorted(chosen)}
         log_step(bar, history, 2, step, loss, parameters, **parts)
+        optimizer.step()
+        torch._foreach_lerp_(averaged, current, 1 - cfg.ema)
     target.requires_grad_(False)
     return average, history
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. Sampling and saving
+# 10. Sampling and saving
 
 
 def sample_latents(n, z_dim, seed):
@@ -651,51 +717,12 @@ def sample_grid(source, target, *, n=8, seed=0, truncation_psi=0.7, columns=8):
 
 
 # ----------------------------------------------------------------------------------------------
-# 10. Command line
-
-
-def check(cfg):
-    """Every value in its range, or a ValueError of one line."""
-    counts = "n_ctx batch_mapper steps_mapper batch steps num_layers layer_batch samples"
-    for names, holds, wanted in (
-        (counts, lambda x: x >= 1, "at least 1"),
-        ("lr_mapper lr layer_lr", lambda x: 0 < x < math.inf, "above 0"),
-        ("lambda_domain lambda_source eps", lambda x: 0 <= x < math.inf, "0 or more"),
-        ("seed", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
-        ("ema crop", lambda x: 0 <= x < 1, "0 or more, and below 1"),
-        ("truncation_psi", math.isfinite, "finite"),
-        ("samples", lambda x: x <= 10_000, "at most 10000"),
-    ):
-        for name in names.split():
-            value = getattr(cfg, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
-    if len(set(cfg.clip)) < len(cfg.clip):
-        raise ValueError("--clip names the same CLIP twice; wanted: --clip-weights")
-    if weights := cfg.clip_weights:
-        if len(weights) != max(1, len(cfg.clip)) or not all(0 < x < math.inf for x in weights):
-            raise ValueError("--clip-weights must be a number above 0 for each CLIP of --clip")
-    if not cfg.source.strip() or not cfg.target.strip():
-        raise ValueError("--source or --target is empty; wanted: a domain in words, such as anime")
-    if cfg.source.lower().split() == cfg.target.lower().split():  # CLIP reads lower case
-        raise ValueError(f"--source and --target are both {cfg.target!r}; wanted: two domains")
-    if cfg.noise == "fixed" and cfg.eps == 0:
-        raise ValueError("--eps 0 with --noise fixed divides 0 by 0 at the first step; wanted: 0.1")
-
-
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if not name.startswith(("cpu", "cuda")):
-            raise AssertionError
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name!r}; wanted: auto, cpu, cuda or cuda:<n>") from error
+# 11. Command line
 
 
 def load_frozen(cfg, path=None):
     """The run's source generator, or another one of its kind."""
+    from cli.process import pick_device
     from stylegan2_ops import load_generator
 
     if cfg.generator is None and path is None:
@@ -705,6 +732,8 @@ def load_frozen(cfg, path=None):
 
 def load_clips(cfg):
     """The run's CLIPs and their transforms, if they can read the run's texts."""
+    from cli.process import pick_device
+
     names = cfg.clip or ["ViT-B/32"]
     if not cfg.clip and cfg.generator is None:
         import miniature
@@ -720,67 +749,45 @@ def load_clips(cfg):
     return clips
 
 
-def check_layers(cfg, generator):
-    """That --num-layers and --freeze fit the generator, or a ValueError."""
-    names = sorted({name for layer in generator.layers() for name, _ in layer.named_parameters()})
-    if cfg.num_layers and cfg.num_layers > generator.num_ws:
-        raise ValueError(f"--num-layers {cfg.num_layers}; wanted: at most {generator.num_ws}")
-    if cfg.freeze and not 0 < sum(cfg.freeze in name for name in names) < len(names):
-        raise ValueError(f"--freeze {cfg.freeze} must fit some of {', '.join(names)}, not all")
-
-
-@torch.no_grad()
-def floor_of_truth(cfg, generator, clips):
-    """Stage 2's loss of the true pairs, which the miniature alone has; else None."""
-    import miniature
-
-    pairs = None if cfg.generator else miniature.true_pairs(cfg.source, cfg.target)
-    if pairs is None:
-        return None
-    z, *images = (x.to(generator.w_avg.device) for x in pairs)
-    features = [[model.encode_image(transform(x)) for model, transform, _ in clips] for x in images]
-    delta_text = [direct(generator.mapping(z)) for *_, direct in clips]
-    return float(summed(cfg, partial(directional_loss, eps=cfg.eps))(*features, delta_text))
-
-
 def adapt(cfg):
-    """The main job: from two words to a run folder, of which nothing is touched before the end."""
-    import run_folder
+    """The main job: from two words to a run folder. A run that is there stays until the end."""
+    import miniature
+    from cli import checks, process, run_folder
 
-    check(cfg)
-    name = re.sub(r"\W+", "-", f"{cfg.source.strip()}-to-{cfg.target.strip()}".lower())
-    out = Path(cfg.out or f"runs/{name}{'-nada' * (cfg.method == 'nada')}")
-    run_folder.check_free(out, cfg.overwrite)
+    checks.check(cfg)
+    device = process.pick_device(cfg.device)
+    checks.check_shares(cfg, process.join(device))
+    out = Path(cfg.out or Path("runs") / run_folder.name_of(cfg))
+    keep = run_folder.Keeper(out, asdict(cfg), device)
+    if keep.finished:
+        return print(f"{out} is a finished run: nothing is left to do")
     clips, generator = load_clips(cfg), load_frozen(cfg)
-    check_layers(cfg, generator)
-    run_folder.make_folder(out)
+    checks.check_layers(cfg, generator)
+    if cfg.deterministic:
+        process.make_deterministic()
 
-    rng = torch.Generator().manual_seed(cfg.seed)
-    start = time.perf_counter()
-    history, mappers = [], []
-    for i, (clip_model, transform) in enumerate(clips):
-        if cfg.method == "nada":
-            directions = label_direction(cfg, clip_model)
-        else:
-            mapper, rows = train_mapper(cfg, generator, clip_model, transform, rng=rng)
-            directions = prompt_directions(cfg, clip_model, mapper)
-            mappers.append(mapper)
-            history += rows if len(clips) == 1 else [{**row, "clip": cfg.clip[i]} for row in rows]
-        clips[i] = clip_model, transform, directions
-    between = time.perf_counter()
-    adapted, rows = adapt_generator(cfg, generator, *clips[0], rng=rng, more=clips[1:])
-    end = time.perf_counter()
-
-    floor, psi = floor_of_truth(cfg, generator, clips), cfg.truncation_psi
-    grid = sample_grid(generator, adapted, n=cfg.samples, seed=cfg.seed, truncation_psi=psi)
-    run_folder.save_run(out, asdict(cfg), mappers, adapted, history + rows, floor, grid)
-    print(
-        f"{out / 'samples.png'}: {cfg.source} above, {cfg.target} below, from the same latents\n"
-        f"stage 1 {between - start:.0f} s, stage 2 {end - between:.0f} s; next:\n"
-        f"  python ipl.py sample --run {shlex.quote(str(out))} --n 16 --seed 1 --out grid.png\n"
-        f"  the same command with --method {'ipl' if cfg.method == 'nada' else 'nada'}\n"
-        "  python ipl.py --generator FILE --clip ViT-B/32 --target 'any words'"
-    )
+    with process.memory_advice(cfg, generator.resolution), keep:
+        rng = torch.Generator().manual_seed(cfg.seed)
+        history, mappers = [], []
+        for i, (clip_model, transform) in enumerate(clips):
+            if cfg.method == "nada":
+                directions = label_direction(cfg, clip_model)
+            else:
+                mapper, rows = train_mapper(cfg, generator, *clips[i], rng=rng, keep=keep)
+                directions = prompt_directions(cfg, clip_model, mapper)
+                mappers.append(mapper)
+                history += rows if len(clips) == 1 else [{**x, "clip": cfg.clip[i]} for x in rows]
+                checks.warn_of_chance(cfg, rows)
+            clips[i] = clip_model, transform, directions
+        adapted, rows = adapt_generator(
+            cfg, generator, *clips[0], rng=rng, more=clips[1:], keep=keep
+        )
+        if process.rank() == 0:
+            loss, psi = summed(cfg, partial(directional_loss, eps=cfg.eps)), cfg.truncation_psi
+            floor = miniature.floor_of_truth(cfg, generator, clips, loss)
+            grid = sample_grid(generator, adapted, n=cfg.samples, seed=cfg.seed, truncation_psi=psi)
+            run_folder.save_run(out, asdict(cfg), mappers, adapted, history + rows, floor, grid)
+            keep.finish()
 
 
 def sample(
@@ -797,7 +804,7 @@ def sample(
         truncation_psi: Truncation. None: that of the run.
         device: auto, cpu, cuda or cuda:<n>.
     """
-    import run_folder
+    from cli import checks, run_folder
 
     adapted = run_folder.find_generator(run)
     if adapted is None:
@@ -808,7 +815,7 @@ def sample(
         cfg = Config(**run_folder.read_config(run))
         psi = cfg.truncation_psi if truncation_psi is None else truncation_psi
         cfg = replace(cfg, seed=seed, truncation_psi=psi, samples=n, device=device)
-        check(cfg)
+        checks.check(cfg)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{run / 'config.json'}, or what was asked for: {error}") from error
     source, target = load_frozen(cfg), load_frozen(cfg, adapted)
@@ -820,27 +827,29 @@ def sample(
 
 def main(argv=None):
     """The command line. Bad input ends in one line on stderr and exit code 2."""
-    import tyro
-
+    from cli import checks, process, run_folder
     from stylegan2_ops.convert import convert, inspect
 
     argv = sys.argv[1:] if argv is None else argv
-    own = any(word.startswith("--generator") for word in argv)
     about = (
         "Adapt a generator to a new domain, from words alone. The defaults below are those of the "
-        "miniature or, with --generator, as published. Also: ipl.py sample, convert, inspect."
+        "miniature or, with --generator, as published. Several --target make several runs. Also: "
+        "ipl.py sample, convert, inspect."
     )
-    try:
+    with process.plain_words():
         for command in (sample, convert, inspect):
             if argv[:1] == [command.__name__]:
-                return tyro.cli(command, args=argv[1:], prog=f"ipl.py {command.__name__}")
-        default = Config() if own else MINIATURE
-        adapt(tyro.cli(Config, args=argv, prog="ipl.py", description=about, default=default))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print("ipl.py: error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from error
-    except KeyboardInterrupt:
-        raise SystemExit("\nipl.py: stopped; the run is unfinished") from None
+                return process.parse(command, argv[1:], f"ipl.py {command.__name__}")()
+        default = Config() if any(x.startswith("--generator") for x in argv) else MINIATURE
+        targets, rest = process.split(argv, "--target")
+        parse = partial(process.parse, Config, description=about, default=default)
+        runs = [parse([*rest, *target]) for target in targets or [[]]]
+        for i, cfg in enumerate(runs):
+            checks.check(cfg)
+            if cfg.out and len(runs) > 1:
+                runs[i] = replace(cfg, out=f"{cfg.out}/{run_folder.name_of(cfg)}")
+        for cfg in process.share(runs):
+            adapt(cfg)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import ipl
+from cli import checks
+from cli.run_folder import find_generator, read_config, save_picture
 from miniature import CLIP, GENERATOR, JUDGE, captions, faces
 from miniature.judge import load_judge
-from run_folder import find_generator, read_config, save_picture
 from stylegan2_ops import load_generator
 from stylegan2_ops.checkpoints import write_whole
 
@@ -345,7 +346,7 @@ def check(cfg):
         if getattr(cfg.preset, name) != getattr(ipl.MINIATURE, name):
             flag = f"--preset.{name.replace('_', '-')}"
             raise ValueError(f"{flag} is fixed: all runs are of the miniature's photos, on a CPU")
-    ipl.check(cfg.preset)
+    checks.check(cfg.preset)
 
 
 def check_settings(cfg):

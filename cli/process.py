@@ -1,0 +1,191 @@
+"""The process of a run: its words to the user, its signals, its device, its fellow processes."""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+import warnings
+from functools import partial, wraps
+
+import torch
+import torch.distributed as dist
+
+
+def parse(kind, argv, prog="ipl.py", **more):
+    """tyro.cli, with errors of one line: a dataclass -> its value, a function -> its call to make.
+
+    Raises ValueError for words that do not fit; exits after --help.
+    """
+    import tyro
+
+    if not isinstance(kind, type):
+        function = kind
+        kind = wraps(function)(lambda *args, **kwargs: partial(function, *args, **kwargs))
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=argv, prog=prog, **more)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        first = re.split(r"│ ─+ │", box.getvalue())[0]  # what is wrong; help follows
+        words = " ".join(line.strip("│ ") for line in first.splitlines()[1:])
+        raise ValueError(f"{words.rstrip('.')}; see {prog} --help") from exit_
+
+
+def split(argv, flag):
+    """The words of a flag that may be given several times: [[flag, value], ...], and the rest."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(flag, action="append", default=[], dest="values")
+    try:
+        found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError:  # the flag without a value, for `parse` to refuse
+        return [], argv
+    return [[flag, value] for value in found.values], rest
+
+
+@contextlib.contextmanager
+def plain_words(prog="ipl.py"):
+    """Warnings and errors inside are one line on stderr each.
+
+    Exit code 2: bad input. 1: a run that failed. 128 + n: stopped by signal n.
+    """
+
+    def say(kind, what):
+        print(f"{prog}: {kind}:", " ".join(str(what).split()), file=sys.stderr, flush=True)
+
+    def fail(what, code):
+        # what is wrong with the input is wrong on every rank of a machine: one of them says so
+        if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
+            say("error", what)
+        raise SystemExit(code)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say("warning", message)
+        try:
+            yield
+        except (FloatingPointError, MemoryError) as error:
+            fail(error, 1)
+        except (ValueError, OSError) as error:
+            fail(error, 2)
+        except RuntimeError as error:  # gloo and NCCL have no error class of their own
+            if not dist.is_initialized() or not re.search(
+                "gloo|nccl|peer|socket", str(error), re.I
+            ):
+                raise
+            gone = "another process of this run has stopped; the same command with --resume goes on"
+            fail(f"rank {dist.get_rank()}: {gone}", 1)
+        except KeyboardInterrupt as stop:
+            where, number = stop.args or ("the run is unfinished", signal.SIGINT)
+            words = f"stopped, {where}; the same command with --resume goes on"
+            print(f"\n{prog}: {words}", file=sys.stderr, flush=True)
+            raise SystemExit(128 + number) from None
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """SIGINT and SIGTERM inside wait: they are appended to the list that this yields.
+
+    A second one does not wait. Nothing is deferred outside the main thread, which has no signals.
+    """
+    received, before = [], {}
+
+    def receive(number, frame):
+        received.append(number)
+        for waiting, handler in before.items():
+            signal.signal(waiting, handler)
+        print("\nstopping after this step; again, to stop at once", file=sys.stderr, flush=True)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, receive)
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def memory_advice(cfg, resolution):
+    """Out of memory inside is a MemoryError that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # on a CPU torch has no class of its own for it
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate" in str(error):
+            raise MemoryError(
+                f"out of memory at {resolution} x {resolution} pixels; wanted: less than "
+                f"--batch-mapper {cfg.batch_mapper} in stage 1, --batch {cfg.batch} and "
+                f"--layer-batch {cfg.layer_batch} in stage 2"
+            ) from error
+        raise
+
+
+def make_deterministic():
+    """Ask torch for the kernels that repeat their bits; it warns where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# Device and fellow processes. torchrun says by environment variables who we are.
+
+
+def pick_device(name):
+    """auto, cpu, cuda or cuda:<n> -> torch.device. Under torchrun each process has a GPU.
+
+    Raises ValueError if there is none.
+    """
+    local, processes = (
+        int(os.environ.get(x, y)) for x, y in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes > 1:
+        if processes > torch.cuda.device_count():
+            raise ValueError(f"{processes} processes and {torch.cuda.device_count()} GPUs")
+        name = f"cuda:{local}"
+    try:
+        if not name.startswith(("cpu", "cuda")):
+            raise AssertionError
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r}; wanted: auto, cpu, cuda or cuda:<n>") from error
+
+
+def join(device):
+    """Under torchrun: the processes work on one run. -> how many they are."""
+    if not dist.is_torchelastic_launched():
+        return 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_world_size()
+
+
+def share(runs):
+    """Under torchrun: the runs of this process, each of which it makes alone."""
+    if len(runs) > 1 and dist.is_torchelastic_launched():
+        return runs[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
+    return runs
+
+
+def rank():
+    """Which of the processes of one run this is; the one of rank 0 writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def any_rank(flag):
+    """Whether the flag is set in any process of the run."""
+    if not dist.is_initialized():
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    count = torch.tensor(int(flag), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
