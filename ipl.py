@@ -756,7 +756,7 @@ def adapt(cfg):
 
     checks.check(cfg)
     device = process.pick_device(cfg.device)
-    checks.check_shares(cfg, process.join(device))
+    checks.check_shares(cfg, ranks()[1])
     out = Path(cfg.out or Path("runs") / run_folder.name_of(cfg))
     keep = run_folder.Keeper(out, asdict(cfg), device)
     if keep.finished:
@@ -766,7 +766,7 @@ def adapt(cfg):
     if cfg.deterministic:
         process.make_deterministic()
 
-    with process.memory_advice(cfg, generator.resolution), keep:
+    with process.memory_advice(lambda: keep.sizes(generator.resolution)), keep:
         rng = torch.Generator().manual_seed(cfg.seed)
         history, mappers = [], []
         for i, (clip_model, transform) in enumerate(clips):

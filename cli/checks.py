@@ -15,7 +15,7 @@ def check(cfg):
     for names, holds, wanted in (
         (counts, lambda x: x >= 1, "at least 1"),
         ("batch_mapper", lambda x: x >= 2, "at least 2: prompts are told apart within a batch"),
-        ("lr_mapper lr layer_lr", lambda x: 0 < x < math.inf, "above 0"),
+        ("lr_mapper lr layer_lr", lambda x: 0 < x <= 1e30, "above 0, and at most 1e30"),
         ("lambda_domain lambda_source eps", lambda x: 0 <= x < math.inf, "0 or more"),
         ("seed", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
         ("ema crop", lambda x: 0 <= x < 1, "0 or more, and below 1"),

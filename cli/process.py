@@ -112,17 +112,13 @@ def deferred_signals():
 
 
 @contextlib.contextmanager
-def memory_advice(cfg, resolution):
-    """Out of memory inside is a MemoryError that says what to lower."""
+def memory_advice(advice):
+    """Out of memory inside is a MemoryError with what advice() says."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # on a CPU torch has no class of its own for it
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate" in str(error):
-            raise MemoryError(
-                f"out of memory at {resolution} x {resolution} pixels; wanted: less than "
-                f"--batch-mapper {cfg.batch_mapper} in stage 1, --batch {cfg.batch} and "
-                f"--layer-batch {cfg.layer_batch} in stage 2"
-            ) from error
+            raise MemoryError(f"out of memory {advice()}") from error
         raise
 
 
@@ -159,20 +155,19 @@ def pick_device(name):
 
 
 def join(device):
-    """Under torchrun: the processes work on one run. -> how many they are."""
-    if not dist.is_torchelastic_launched():
-        return 1
+    """Under torchrun: this process works with the others on one run from now on."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_world_size()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def share(runs):
-    """Under torchrun: the runs of this process, each of which it makes alone."""
-    if len(runs) > 1 and dist.is_torchelastic_launched():
+    """The runs of this process. Under torchrun, all work on one; of several, each takes its own."""
+    if not dist.is_torchelastic_launched():
+        return runs
+    if len(runs) > 1:
         return runs[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
+    join(pick_device(runs[0].device))
     return runs
 
 

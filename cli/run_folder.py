@@ -189,6 +189,14 @@ class Keeper:
         torch.save({"settings": self.settings, "loops": loops}, buffer)
         write_whole(self.path, lambda aside: aside.write_bytes(buffer.getbuffer()))
 
+    def sizes(self, resolution):
+        """What takes memory in the stage that is under way, in words."""
+        stage = self.loops[-1]["stage"] if self.loops else 1
+        names = (["--batch-mapper"], ["--batch", "--layer-batch"])[stage - 1]
+        batches = ", ".join(f"{name} {self.settings[name]}" for name in names)
+        where = f"in stage {stage}, at {resolution} x {resolution} pixels"
+        return f"{where}; wanted: less than {batches}"
+
     def finish(self):
         """The run is written: nothing is left to go on with."""
         self.path.unlink()

@@ -163,6 +163,9 @@ def write_whole(path, write):
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # else the new name may be lost with the power
+        os.close(folder)
     finally:
         aside.unlink(missing_ok=True)
 

@@ -70,7 +70,7 @@ def test_run_says_where_the_picture_is_and_how_to_go_on(finished):
     assert done.stdout.startswith(f"{Path('runs/photo-to-anime/samples.png')}: photo above, anime")
     for words in ("stage 1", "stage 2", "ipl.py sample --run", "--method nada", "--clip ViT-B/32"):
         assert words in done.stdout
-    (line,) = done.stderr.splitlines()  # no bar where there is no terminal; CLIP's weights are random
+    (line,) = done.stderr.splitlines()  # no bar: no terminal. CLIP's weights are random
     assert line.startswith("ipl.py: warning: stage 1 learned little: ") and "of 4 images" in line
 
 

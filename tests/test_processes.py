@@ -1,0 +1,168 @@
+"""Several processes on one run, by torchrun and gloo. Run by torchrun, this file is the worker."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.utils import get_total_norm
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # torchrun knows no pytest
+
+import ipl  # noqa: E402
+from cli import process  # noqa: E402
+from stylegan2_ops import load_generator  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+WORLD = ["--generator", str(GOLDEN / "rosinality_tiny.pt"), "--clip", str(GOLDEN / "clip_tiny.pt")]
+SHORT = "--steps-mapper 2 --batch-mapper 4 --steps 2 --layer-batch 2 --samples 3".split()
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def torchrun(processes, *args, folder=ROOT):
+    return subprocess.Popen(
+        [*TORCHRUN, str(processes), *map(str, args)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# The worker: one step of both stages -> losses, chosen layers, gradients
+
+
+def one_step(method, layers):
+    cfg = ipl.Config(
+        noise="fixed", eps=0.1, crop=0.2, batch=4, batch_mapper=8, layer_batch=4, steps=1,
+        steps_mapper=1, num_layers=3, lambda_source=0.5, layers=layers,
+    )  # fmt: skip
+    rng = torch.Generator().manual_seed(0)
+    generator, pair = load_generator(WORLD[1]), ipl.load_clip(WORLD[3])
+    mapper = ipl.LatentMapper(32, 4, 64, rng)
+    _, history = ipl.train_mapper(cfg, generator, *pair, rng=rng, mapper=mapper)
+    gradients = {f"mapper.{name}": p.grad for name, p in mapper.named_parameters()}
+    direct = ipl.label_direction(cfg, pair[0])
+    if method == "ipl":
+        direct = ipl.prompt_directions(cfg, pair[0], mapper)
+    target = copy.deepcopy(generator)
+    _, rows = ipl.adapt_generator(cfg, generator, *pair, direct, rng=rng, target=target)
+    gradients |= {name: p.grad for name, p in target.named_parameters() if p.grad is not None}
+    return history + rows, gradients
+
+
+CASES = [("ipl", "adaptive"), ("nada", "all")]
+
+if __name__ == "__main__":
+    torch.manual_seed(int(os.environ["RANK"]))  # what ranks share comes from their arguments alone
+    process.join(torch.device("cpu"))
+    found = [one_step(*case) for case in CASES]
+    torch.save(found, f"{sys.argv[1]}/{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one_of_twice_the_batch(tmp_path):
+    job = torchrun(2, __file__, tmp_path)
+    _, err = job.communicate()
+    assert job.returncode == 0, err
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for case, *of_ranks in zip(CASES, first, second, strict=True):
+        history, gradients = one_step(*case)
+        for rows, grads in of_ranks:
+            for row, expected in zip(rows, history, strict=True):
+                assert row.keys() == expected.keys() and row.get("layers") == expected.get("layers")
+                for name in row.keys() - {"layers"}:
+                    assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+            assert grads.keys() == gradients.keys()
+            for part in ("mapper.", "conv"):  # a noise strength alone is a sum that all but cancels
+                names = [name for name in grads if name.startswith(part)]
+                difference = [grads[name] - gradients[name] for name in names]
+                whole = [gradients[name] for name in names]
+                assert get_total_norm(difference) < 1e-5 * get_total_norm(whole) and len(names) > 7
+
+
+# ----------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_several_processes_make_one_run(tmp_path):
+    args = [ROOT / "ipl.py", *WORLD, *SHORT, "--out"]
+    job = torchrun(2, *args, tmp_path / "two")
+    out, err = job.communicate()
+    assert job.returncode == 0, err
+    assert out.count("samples.png") == 1  # of rank 0
+    assert len(list((tmp_path / "two").iterdir())) == 6
+    history = (tmp_path / "two" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in history] == [0, 1, 0, 1]
+
+
+def test_batches_that_cannot_be_shared_are_refused_once(tmp_path):
+    args = [*WORLD, *SHORT, "--batch", "3", "--out", tmp_path / "run"]
+    job = torchrun(2, ROOT / "ipl.py", *args)
+    _, err = job.communicate()
+    line = "ipl.py: error: --batch 3; wanted: a multiple of 2, the number of processes"
+    assert job.returncode != 0 and err.count(line) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_targets_are_spread_over_processes(tmp_path, capsys):
+    args = [*WORLD, *SHORT, "--method", "nada", "--seed", "3"]
+    targets = ["--target", "anime", "--target", "sketch", "--target", "a  zombie"]
+    job = torchrun(2, ROOT / "ipl.py", *args, *targets, "--out", tmp_path / "spread")
+    out, err = job.communicate()
+    assert job.returncode == 0, err
+    ipl.main([*args, *targets, "--out", str(tmp_path / "in a row")])
+    names = [f"photo-to-{name}-nada" for name in ("a-zombie", "anime", "sketch")]
+    for folder in ("spread", "in a row"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == names
+    for name in names:
+        histories = [
+            map(json.loads, (tmp_path / folder / name / "history.jsonl").read_text().splitlines())
+            for folder in ("spread", "in a row")
+        ]
+        for row, expected in zip(*histories, strict=True):
+            assert row.pop("layers") == expected.pop("layers")
+            assert row == pytest.approx(expected, rel=1e-4)  # other numbers of threads
+
+
+def workers(job):
+    """{rank: process id} of the processes that torchrun has started."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    found = {}
+    for pid in children:
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found |= {int(word[5:]): int(pid) for word in words if word.startswith(b"RANK=")}
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_job_which_resumes(tmp_path, rank):
+    out = tmp_path / "run"
+    args = [*WORLD, *SHORT, "--steps", "60", "--save-every", "3", "--out", str(out)]
+    job = torchrun(2, ROOT / "ipl.py", *args)
+    try:
+        while not (out / "checkpoint.pt").exists():
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.01)
+        os.kill(workers(job)[rank], 9)
+        _, err = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert f"rank {1 - rank}: another process of this run has stopped; the same comm" in err
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "ipl.py"), *args, "--resume"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    history = (out / "history.jsonl").read_text().splitlines()
+    steps = [(json.loads(row)["stage"], json.loads(row)["step"]) for row in history]
+    assert steps == [(1, 0), (1, 1), *((2, i) for i in range(60))]
