@@ -27,6 +27,7 @@ R resolution, W = num_ws, the number of w inputs of the synthesis network.
 Usage
   python ipl.py --source photo --target anime                           the miniature, on a CPU
   python ipl.py --generator ffhq.pkl --clip ViT-B/32 --target Disney    any StyleGAN2
+  torchrun --nproc_per_node 4 ipl.py --batch 4 ...                      shares each step's batch
   python ipl.py sample | convert | inspect --help
 To copy it: the file needs torch, numpy and clip (which brings tqdm); train_mapper and
 adapt_generator take any generator that fits the protocol of section 1.
@@ -51,6 +52,7 @@ Where it departs from the published code (its file:line in brackets)
     to 77 tokens, CLIP collects no gradients, and neither do weights in the layer choice.
     [clip_loss.py:249-251,256-257]
  9. `--crop`, `--freeze` and `--layers all` are ours, and off by default.
+10. Processes that share a batch draw fresh noise from seeds of their own.
 """
 
 import copy
@@ -720,27 +722,24 @@ def sample_grid(source, target, *, n=8, seed=0, truncation_psi=0.7, columns=8):
 # 11. Command line
 
 
-def load_frozen(cfg, path=None):
+def load_frozen(cfg, device, path=None):
     """The run's source generator, or another one of its kind."""
-    from cli.process import pick_device
     from stylegan2_ops import load_generator
 
     if cfg.generator is None and path is None:
         from miniature import GENERATOR as path
-    return load_generator(path or cfg.generator, pick_device(cfg.device), cfg.class_index)
+    return load_generator(path or cfg.generator, device, cfg.class_index)
 
 
-def load_clips(cfg):
+def load_clips(cfg, device):
     """The run's CLIPs and their transforms, if they can read the run's texts."""
-    from cli.process import pick_device
-
     names = cfg.clip or ["ViT-B/32"]
     if not cfg.clip and cfg.generator is None:
         import miniature
 
         miniature.check_labels(cfg.source, cfg.target)
         names = [miniature.CLIP]
-    clips = [load_clip(name, pick_device(cfg.device)) for name in names]
+    clips = [load_clip(name, device) for name in names]
     for model, _ in clips:
         ctx = model.ln_final.weight.expand(1, cfg.n_ctx, -1)  # any vectors of that width
         for label in (cfg.source, cfg.target):
@@ -760,8 +759,8 @@ def adapt(cfg):
     out = Path(cfg.out or Path("runs") / run_folder.name_of(cfg))
     keep = run_folder.Keeper(out, asdict(cfg), device)
     if keep.finished:
-        return print(f"{out} is a finished run: nothing is left to do")
-    clips, generator = load_clips(cfg), load_frozen(cfg)
+        return
+    clips, generator = load_clips(cfg, device), load_frozen(cfg, device)
     checks.check_layers(cfg, generator)
     if cfg.deterministic:
         process.make_deterministic()
@@ -779,9 +778,8 @@ def adapt(cfg):
                 history += rows if len(clips) == 1 else [{**x, "clip": cfg.clip[i]} for x in rows]
                 checks.warn_of_chance(cfg, rows)
             clips[i] = clip_model, transform, directions
-        adapted, rows = adapt_generator(
-            cfg, generator, *clips[0], rng=rng, more=clips[1:], keep=keep
-        )
+        more = {"more": clips[1:], "keep": keep}
+        adapted, rows = adapt_generator(cfg, generator, *clips[0], rng=rng, **more)
         if process.rank() == 0:
             loss, psi = summed(cfg, partial(directional_loss, eps=cfg.eps)), cfg.truncation_psi
             floor = miniature.floor_of_truth(cfg, generator, clips, loss)
@@ -804,21 +802,14 @@ def sample(
         truncation_psi: Truncation. None: that of the run.
         device: auto, cpu, cuda or cuda:<n>.
     """
-    from cli import checks, run_folder
+    from cli import checks, process, run_folder
 
-    adapted = run_folder.find_generator(run)
-    if adapted is None:
-        raise ValueError(f"{run} is no finished run; wanted: a folder with a generator.pt")
-    if out.suffix != ".png" or out.is_dir():
-        raise ValueError(f"--out {out} is no name of a picture; wanted: a .png file")
-    try:
-        cfg = Config(**run_folder.read_config(run))
-        psi = cfg.truncation_psi if truncation_psi is None else truncation_psi
-        cfg = replace(cfg, seed=seed, truncation_psi=psi, samples=n, device=device)
-        checks.check(cfg)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{run / 'config.json'}, or what was asked for: {error}") from error
-    source, target = load_frozen(cfg), load_frozen(cfg, adapted)
+    adapted = run_folder.check_sample(run, out)
+    cfg = run_folder.read_config(run, Config)
+    psi = cfg.truncation_psi if truncation_psi is None else truncation_psi
+    checks.check(replace(cfg, seed=seed, truncation_psi=psi, samples=n))
+    device = process.pick_device(device)
+    source, target = load_frozen(cfg, device), load_frozen(cfg, device, adapted)
     run_folder.make_folder(out.parent)
     grid = sample_grid(source, target, n=n, seed=seed, truncation_psi=psi)
     run_folder.save_picture(grid, out)
@@ -833,8 +824,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     about = (
         "Adapt a generator to a new domain, from words alone. The defaults below are those of the "
-        "miniature or, with --generator, as published. Several --target make several runs. Also: "
-        "ipl.py sample, convert, inspect."
+        "miniature or, with --generator, as published. Several --target make several runs. "
+        "Also: ipl.py sample, convert, inspect."
     )
     with process.plain_words():
         for command in (sample, convert, inspect):

@@ -75,6 +75,8 @@ class Keeper:
             found = [self.found, self.finished]
             dist.broadcast_object_list(found)
             self.found, self.finished = found
+        if self.finished and rank() == 0:
+            print(f"{folder} is a finished run: nothing is left to do")
 
     def _look(self, resume, overwrite):
         there = [name for name in FILES if (self.folder / name).exists()]
@@ -266,12 +268,23 @@ def find_generator(folder):
     return next((folder / name for name in GENERATORS if (folder / name).is_file()), None)
 
 
-def read_config(folder):
-    """The Config as a dict. Raises ValueError, of one line, if there is none."""
+def check_sample(folder, picture):
+    """The file of the run's generator. Raises ValueError, of one line, if there is none or the
+    picture cannot be one."""
+    path = find_generator(folder)
+    if path is None:
+        raise ValueError(f"{folder} is no finished run; wanted: a folder with a generator.pt")
+    if picture.suffix != ".png" or picture.is_dir():
+        raise ValueError(f"--out {picture} is no name of a picture; wanted: a .png file")
+    return path
+
+
+def read_config(folder, kind=dict):
+    """The Config of ipl.py, if that is `kind`. Raises ValueError, of one line, if there is none."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        return config | _full_paths(config)
+        return kind(**config | _full_paths(config))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: no config of a run ({type(error).__name__})") from error
 

@@ -313,3 +313,43 @@ def test_accuracy_of_prompts():
     images, texts = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]] * 7
     assert ipl.retrieval_accuracy(images, texts) == 0.5
     assert ipl.retrieval_accuracy(images, images) == 1
+
+
+# ----------------------------------------------------------------------------------------------
+# Determinism
+
+
+def test_deterministic_asks_torch_and_says_where_it_cannot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    log_step = ipl.log_step
+
+    def uneven(*args, **more):  # put_ has no deterministic form, on a CPU either
+        torch.rand(5).put_(torch.tensor([0]), torch.tensor([1.0]))
+        log_step(*args, **more)
+
+    monkeypatch.setattr(ipl, "log_step", uneven)
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        with warnings.catch_warnings(action="always"):
+            train(tmp_path / "run", "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    said = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if "stage 1 learned" not in line]
+    words = "ipl.py: warning: put_ does not have a deterministic implementation"
+    assert lines and all(line.startswith(words) for line in lines)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["deterministic"] is True
+
+
+def test_a_picture_does_not_depend_on_those_beside_it(whole):
+    from stylegan2_ops import load_generator
+
+    generator = load_generator(whole / "generator.pt")
+    z = ipl.sample_latents(6, generator.z_dim, seed=3)
+    together = generator.synthesis(generator.mapping(z))
+    order = torch.tensor([4, 0, 5, 2])
+    some = generator.synthesis(generator.mapping(z[order]))
+    torch.testing.assert_close(some, together[order], rtol=1e-4, atol=1e-5)
+    alone = generator.synthesis(generator.mapping(z[3:4]))
+    torch.testing.assert_close(alone, together[3:4], rtol=1e-4, atol=1e-5)
