@@ -45,7 +45,7 @@ Where it departs from the published code (its file:line in brackets)
     are equal. `--eps` > 0 divides by sqrt(|delta_image|^2 + eps^2) and allows `--noise fixed`.
     [clip_loss.py:225-226; ZSSGAN.py:281-283]
  4. Images are resized for CLIP with antialiasing; torchvision 0.9, as used there, had none.
- 5. CLIP runs in float32, there in float16. `--autocast` runs its image encoder in bfloat16.
+ 5. CLIP runs in float32, there in float16. `--autocast clip` runs its image encoder in bfloat16.
  6. n_ctx counts prompt vectors, there the words of ctx_init. [train.py:79-80,112]
  7. Samples are truncated towards the generator's own average; there it is drawn anew each time.
  8. Work that changes no number is left out: fixed texts are encoded once, prompts are not padded
@@ -123,7 +123,14 @@ class Config:
     layer_batch: int = 8  # Adaptive choice: number of latents.
     layer_lr: float = 0.01  # Adaptive choice: step size; of one step, it cannot change the choice.
     freeze: str = ""  # Stage 2: leave parameters with this in their name alone, e.g. noise.
-    autocast: bool = False  # CLIP's image encoder in bfloat16.
+
+    # Faster, with other numbers (README: which cost quality): half precision for CLIP's image
+    # encoder, or for the generators as well.
+    autocast: Literal["none", "clip", "all"] = "none"
+    half: Literal["bf16", "fp16"] = "bf16"  # The half precision of --autocast.
+    layer_every: int = 1  # Adaptive choice: made in every n-th step, and kept in between.
+    compile: bool = False  # CLIP's image encoder through torch.compile; on a GPU, in CUDA graphs.
+    tf32: bool = False  # On a GPU, TensorFloat-32 for what is not in half precision.
 
     truncation_psi: float = 0.7  # Samples: truncation.
     samples: int = 8  # Samples: how many are drawn at the end.
@@ -133,7 +140,7 @@ class Config:
 MINIATURE = Config(
     residual="none", lr_mapper=1.0, batch_mapper=16, steps_mapper=120, lambda_domain=2.0,
     lambda_source=1.0, lr=0.006, batch=4, steps=250, eps=0.1, noise="fixed", crop=0.15,
-    layers="all", freeze="noise", autocast=True, truncation_psi=1.0,
+    layers="all", freeze="noise", autocast="clip", truncation_psi=1.0,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------
@@ -224,12 +231,28 @@ def clip_transform(images, resolution):
     return (x - x.new_tensor(CLIP_MEAN)[:, None, None]) / x.new_tensor(CLIP_STD)[:, None, None]
 
 
-def image_encoder(clip_model, transform, autocast=False):
+def half_precision(cfg, tensor, *parts):
+    """Autocast, if cfg.autocast is one of the parts."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.half]
+    return torch.autocast(tensor.device.type, kind, enabled=cfg.autocast in parts)
+
+
+def synthesize(cfg, generator, w, rng=None):
+    """Images of w, as generator.synthesis makes them, or in half precision."""
+    with half_precision(cfg, w, "all"):
+        return generator.synthesis(w, rng=rng).float()
+
+
+def image_encoder(clip_model, transform, cfg=None):
     """E_I: images [B, 3, R, R] in [-1, 1] -> features [B, e], not normalised."""
+    cfg, encode = cfg or Config(), clip_model.encode_image
+    if cfg.compile:
+        graphs = "reduce-overhead" if clip_model.logit_scale.is_cuda else "default"
+        encode = torch.compile(encode, mode=graphs)
 
     def encode_images(images):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-            return clip_model.encode_image(transform(images)).float()
+        with half_precision(cfg, images, "clip", "all"):
+            return encode(transform(images)).float()
 
     return encode_images
 
@@ -305,9 +328,9 @@ def tokenize(clip_model, texts):
         tokens = clip.tokenize(texts, context_length=clip_model.context_length)
     except RuntimeError as error:  # "Input ... is too long for context length 77"
         raise ValueError(str(error)) from error
-    tokens = tokens.long().to(clip_model.positional_embedding.device)
     eot = tokens.argmax(dim=-1)  # EOT has the highest number of all tokens
-    return tokens[:, : int(eot.max()) + 1], eot
+    device = clip_model.positional_embedding.device
+    return tokens[:, : int(eot.max()) + 1].long().to(device), eot.to(device)
 
 
 def encode_embeddings(clip_model, x, eot):
@@ -375,8 +398,13 @@ def prompt_features(cfg, clip_model, mapper, stage):
 
     def features_of(w):
         ctx = mapper(w)  # [B, n_ctx, d]
-        prompts = [encode_prompts(clip_model, ctx, label) for label in (cfg.source, cfg.target)]
-        return prompts[0] + residuals[0], prompts[1] + residuals[1]
+        prompts = [construct_prompts(clip_model, ctx, label) for label in (cfg.source, cfg.target)]
+        lengths = torch.tensor([prompt.shape[1] for prompt in prompts])
+        longest = int(lengths.max())
+        x = torch.cat([F.pad(p, (0, 0, 0, longest - p.shape[1])) for p in prompts])  # [2 B, L, d]
+        eot = (lengths - 1).repeat_interleave(len(w)).to(w.device)
+        source, target = encode_embeddings(clip_model, x, eot).chunk(2)  # both in one pass
+        return source + residuals[0], target + residuals[1]
 
     return features_of
 
@@ -517,7 +545,8 @@ def log_step(bar, history, stage, step, loss, parameters, **more):
     sum_over_processes(gradients)
     grad_norm = nn.utils.get_total_norm(gradients)
     row = {"stage": stage, "step": step, "loss": loss, **more, "grad_norm": grad_norm}
-    row = {k: x.item() if torch.is_tensor(x) else x for k, x in row.items()}
+    tensors = {name: x.detach() for name, x in row.items() if torch.is_tensor(x)}
+    row |= zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True)  # waits once
     for name in ("loss", "grad_norm"):
         if not math.isfinite(row[name]):
             wanted = f"a smaller rate ({'--lr-mapper' if stage == 1 else '--lr'})"
@@ -559,18 +588,18 @@ def train_mapper(
         ctx_dim = clip_model.token_embedding.embedding_dim
         mapper = LatentMapper(generator.w_dim, cfg.n_ctx, ctx_dim, rng).to(generator.w_avg.device)
     draw_w, noise_of = random_inputs(cfg, generator, rng, draw_z)
-    E_I = image_encoder(clip_model, transform, cfg.autocast)
+    E_I = image_encoder(clip_model, transform, cfg)
     logit_scale = clip_model.logit_scale.exp()
     label_source = label_features(clip_model, cfg.source)
     label_target = label_features(clip_model, cfg.target)
     features_of = prompt_features(cfg, clip_model, mapper, stage=1)
 
-    optimizer = torch.optim.Adam(mapper.parameters(), lr=cfg.lr_mapper)
+    optimizer = torch.optim.Adam(mapper.parameters(), lr=cfg.lr_mapper, fused=True)
     history, bar = [], stage_bar(1, cfg.steps_mapper)
     for step in keep(1, bar, history, rng, mapper, optimizer) if keep else bar:
         w = draw_w(cfg.batch_mapper)
         with torch.no_grad():
-            image_features = gather(E_I(generator.synthesis(w, rng=noise_of(step))))
+            image_features = gather(E_I(synthesize(cfg, generator, w, noise_of(step))))
         t_source, t_target = (gather(features) for features in features_of(w))
         contrastive = contrastive_loss(image_features, t_source, logit_scale)
         domain = domain_loss(t_target, label_target)
@@ -640,7 +669,7 @@ def adapt_generator(
     )
     draw_w, noise_of = random_inputs(cfg, source, rng, draw_z)
     clips = [(clip_model, transform, directions), *more]
-    encoders = [image_encoder(model, transform, cfg.autocast) for model, transform, _ in clips]
+    encoders = [image_encoder(model, transform, cfg) for model, transform, _ in clips]
     loss_of = summed(cfg, partial(directional_loss, eps=cfg.eps))
 
     def E_I(images):  # of all CLIPs: a list of [B, e]
@@ -656,17 +685,19 @@ def adapt_generator(
     ]
     parameters = list(dict.fromkeys(p for group in trainable for p in group))
     # 4/5: StyleGAN2's correction for regularising in every fourth step only, kept by NADA and IPL
-    optimizer = torch.optim.Adam(parameters, lr=cfg.lr * 4 / 5, betas=(0.0, 0.99 ** (4 / 5)))
+    betas = 0.0, 0.99 ** (4 / 5)
+    optimizer = torch.optim.Adam(parameters, lr=cfg.lr * 4 / 5, betas=betas, fused=True)
     history, bar = [], stage_bar(2, cfg.steps)
     for step in keep(2, bar, history, rng, target, average, optimizer) if keep else bar:
         w, noise = draw_w(cfg.batch), noise_of(step)
         target.requires_grad_(False)
-        chosen = range(num_ws)
-        if adaptive:
+        chosen = history[-1]["layers"] if history else range(num_ws)
+        if adaptive and step % cfg.layer_every == 0:
             codes = draw_w(cfg.layer_batch)
-            chosen, _ = select_layers(
-                target, E_I, codes, texts, k, lr=cfg.layer_lr, rng=noise, loss=text_loss
-            )
+            with half_precision(cfg, w, "all"):
+                chosen, _ = select_layers(
+                    target, E_I, codes, texts, k, lr=cfg.layer_lr, rng=noise, loss=text_loss
+                )
         for j in chosen:
             for p in trainable[j]:
                 p.requires_grad_()
@@ -674,9 +705,9 @@ def adapt_generator(
         windows = own(random_windows(cfg.batch, cfg.crop, rng)) if cfg.crop else None
         with torch.no_grad():
             delta_text = [gather(direct(w).expand(len(w), -1)) for *_, direct in clips]
-            x_source = source.synthesis(w, rng=noise)
+            x_source = synthesize(cfg, source, w, noise)
             source_features = E_I(crop_images(x_source, windows))
-        x_target = target.synthesis(w, rng=noise)
+        x_target = synthesize(cfg, target, w, noise)
         target_features = E_I(crop_images(x_target, windows))
         loss = loss_of(source_features, target_features, delta_text)
 
@@ -762,8 +793,7 @@ def adapt(cfg):
         return
     clips, generator = load_clips(cfg, device), load_frozen(cfg, device)
     checks.check_layers(cfg, generator)
-    if cfg.deterministic:
-        process.make_deterministic()
+    process.choose_kernels(cfg.deterministic, cfg.tf32)
 
     with process.memory_advice(lambda: keep.sizes(generator.resolution)), keep:
         rng = torch.Generator().manual_seed(cfg.seed)
@@ -788,37 +818,10 @@ def adapt(cfg):
             keep.finish()
 
 
-def sample(
-    run: Path, out: Path = Path("grid.png"), n: int = 16, seed: int = 1,
-    truncation_psi: float | None = None, device: str = "auto",
-):  # fmt: skip
-    """Draw new samples from a finished run: source row over target row of the same latents.
-
-    Args:
-        run: Run folder.
-        out: Picture to write, a .png file.
-        n: Number of samples; sample i is the same for every n.
-        seed: Seed of the latents.
-        truncation_psi: Truncation. None: that of the run.
-        device: auto, cpu, cuda or cuda:<n>.
-    """
-    from cli import checks, process, run_folder
-
-    adapted = run_folder.check_sample(run, out)
-    cfg = run_folder.read_config(run, Config)
-    psi = cfg.truncation_psi if truncation_psi is None else truncation_psi
-    checks.check(replace(cfg, seed=seed, truncation_psi=psi, samples=n))
-    device = process.pick_device(device)
-    source, target = load_frozen(cfg, device), load_frozen(cfg, device, adapted)
-    run_folder.make_folder(out.parent)
-    grid = sample_grid(source, target, n=n, seed=seed, truncation_psi=psi)
-    run_folder.save_picture(grid, out)
-    print(f"{out}: {cfg.source} above, {cfg.target} below, from the same latents")
-
-
 def main(argv=None):
     """The command line. Bad input ends in one line on stderr and exit code 2."""
     from cli import checks, process, run_folder
+    from cli.sample import sample
     from stylegan2_ops.convert import convert, inspect
 
     argv = sys.argv[1:] if argv is None else argv

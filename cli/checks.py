@@ -11,7 +11,7 @@ def check(cfg):
         options, value = typing.get_args(kind), getattr(cfg, name)
         if typing.get_origin(kind) is typing.Literal and value not in options:
             raise ValueError(f"--{name.replace('_', '-')} must be one of {options}, not {value!r}")
-    counts = "n_ctx steps_mapper batch steps num_layers layer_batch samples save_every"
+    counts = "n_ctx steps_mapper batch steps num_layers layer_batch layer_every samples save_every"
     for names, holds, wanted in (
         (counts, lambda x: x >= 1, "at least 1"),
         ("batch_mapper", lambda x: x >= 2, "at least 2: prompts are told apart within a batch"),

@@ -122,10 +122,14 @@ def memory_advice(advice):
         raise
 
 
-def make_deterministic():
-    """Ask torch for the kernels that repeat their bits; it warns where it has none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def choose_kernels(deterministic, tf32):
+    """deterministic: torch is asked for kernels that repeat their bits, and warns where it has none.
+    tf32: a GPU may compute in TensorFloat-32, which torch else allows for convolutions.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 # ----------------------------------------------------------------------------------------------

@@ -108,10 +108,11 @@ def test_blocks_keep_their_mask(clip_pair):
         assert torch.equal(block.attn_mask, mask) and mask.shape == (77, 77)
 
 
-def test_autocast_is_close_and_returns_float32(clip_pair):
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_autocast_is_close_and_returns_float32(clip_pair, half):
     x = images(IO["images"][0])
     exact = ipl.image_encoder(*clip_pair)(x)
-    fast = ipl.image_encoder(*clip_pair, autocast=True)(x)
+    fast = ipl.image_encoder(*clip_pair, ipl.Config(autocast="clip", half=half))(x)
     assert fast.dtype == torch.float32
     assert (F.cosine_similarity(exact, fast) > 0.99).all()
 
