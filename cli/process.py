@@ -123,7 +123,7 @@ def memory_advice(advice):
 
 
 def choose_kernels(deterministic, tf32):
-    """deterministic: torch is asked for kernels that repeat their bits, and warns where it has none.
+    """deterministic: torch is asked for kernels that repeat their bits; it warns where it has none.
     tf32: a GPU may compute in TensorFloat-32, which torch else allows for convolutions.
     """
     if deterministic:
