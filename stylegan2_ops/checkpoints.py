@@ -112,7 +112,7 @@ def _read_file(path):
             raise CheckpointError(f"not a regular file; wanted: {WANTED}")
         data = path.read_bytes()
         if not data:
-            raise CheckpointError(f"an empty file; wanted: {WANTED}")
+            raise CheckpointError(f"damaged, it is empty; wanted: {WANTED}")
         if path.suffix == ".safetensors":
             return _read_safetensors(data)
         value = read_pickled(data)
@@ -175,7 +175,7 @@ def write_whole(path, write):
         os.fsync(folder)  # else the new name may be lost with the power
         os.close(folder)
     except OSError as error:  # which names the file aside, or none
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -313,7 +313,7 @@ FOREIGN = {
     "a name too long": ("x" * 300, "wanted: a StyleGAN2 checkpoint"),
     "a folder": ("folder.pt", "Is a directory; wanted: a StyleGAN2 checkpoint"),
     "a device": ("/dev/null", "not a regular file"),
-    "empty": ("empty.pt", "an empty file"),
+    "empty": ("empty.pt", "damaged, it is empty"),
     "cut short": ("half.pt", "damaged, or"),
     "cut short, a pickle": ("half.pkl", "damaged, or"),
     "cut short, safetensors": ("half.safetensors", "damaged, or"),
