@@ -129,15 +129,17 @@ def plain_words(prog="ipl.py"):
 def deferred_signals():
     """SIGINT and SIGTERM inside wait: they are appended to the list that this yields.
 
-    A second one does not wait. Nothing is deferred outside the main thread, which has no signals.
+    A second SIGINT does not wait, but under torchrun, which sends every signal on to its processes,
+    often for the second time, and kills those that take too long.
     """
     received, before = [], {}
 
     def receive(number, frame):
         received.append(number)
-        for waiting, handler in before.items():
-            signal.signal(waiting, handler)
-        print("\nstopping after this step; again, to stop at once", file=sys.stderr, flush=True)
+        if not dist.is_torchelastic_launched():
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if len(received) == 1:
+            print("\nstopping after this step; Ctrl-C stops at once", file=sys.stderr, flush=True)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -179,6 +181,8 @@ def pick_device(name):
     )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes > 1 and name.startswith("cuda:"):
+        raise ValueError(f"--device {name} and {processes} processes; wanted: cuda, for a GPU each")
     if name == "cuda" and processes > 1:
         if processes > torch.cuda.device_count():
             raise ValueError(f"{processes} processes and {torch.cuda.device_count()} GPUs")
