@@ -175,7 +175,8 @@ def write_whole(path, write):
         os.fsync(folder)  # else the new name may be lost with the power
         os.close(folder)
     except OSError as error:  # which names the file aside, or none
-        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
+        words = f"cannot be written: {error.strerror or error}"
+        raise OSError(error.errno, words, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 
