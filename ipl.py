@@ -327,7 +327,7 @@ def tokenize(clip_model, texts):
     try:
         tokens = clip.tokenize(texts, context_length=clip_model.context_length)
     except RuntimeError as error:  # "Input ... is too long for context length 77"
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{error}; wanted: shorter labels, or --ctx-init") from error
     eot = tokens.argmax(dim=-1)  # EOT has the highest number of all tokens
     device = clip_model.positional_embedding.device
     return tokens[:, : int(eot.max()) + 1].long().to(device), eot.to(device)
@@ -779,20 +779,27 @@ def load_clips(cfg, device):
     return clips
 
 
-def adapt(cfg):
-    """The main job: from two words to a run folder. A run that is there stays until the end."""
-    import miniature
+def prepare(cfg):
+    """All that can refuse a run, before it writes: -> its Keeper, its CLIPs, its generator."""
     from cli import checks, process, run_folder
 
     checks.check(cfg)
     device = process.pick_device(cfg.device)
     checks.check_shares(cfg, ranks()[1])
-    out = Path(cfg.out or Path("runs") / run_folder.name_of(cfg))
-    keep = run_folder.Keeper(out, asdict(cfg), device)
-    if keep.finished:
-        return
+    keep = run_folder.Keeper(run_folder.folder_of(cfg), asdict(cfg), device)
     clips, generator = load_clips(cfg, device), load_frozen(cfg, device)
     checks.check_layers(cfg, generator)
+    return keep, clips, generator
+
+
+def adapt(cfg):
+    """The main job: from two words to a run folder. A run that is there stays until the end."""
+    import miniature
+    from cli import checks, process
+
+    keep, clips, generator = prepare(cfg)
+    if keep.finished:
+        return keep.say_finished()
     process.choose_kernels(cfg.deterministic, cfg.tf32)
 
     with process.memory_advice(lambda: keep.sizes(generator.resolution)), keep:
@@ -814,13 +821,12 @@ def adapt(cfg):
             loss, psi = summed(cfg, partial(directional_loss, eps=cfg.eps)), cfg.truncation_psi
             floor = miniature.floor_of_truth(cfg, generator, clips, loss)
             grid = sample_grid(generator, adapted, n=cfg.samples, seed=cfg.seed, truncation_psi=psi)
-            run_folder.save_run(out, asdict(cfg), mappers, adapted, history + rows, floor, grid)
-            keep.finish()
+            keep.finish(asdict(cfg), mappers, adapted, history + rows, floor, grid)
 
 
 def main(argv=None):
     """The command line. Bad input ends in one line on stderr and exit code 2."""
-    from cli import checks, process, run_folder
+    from cli import process, run_folder
     from cli.sample import sample
     from stylegan2_ops.convert import convert, inspect
 
@@ -831,17 +837,13 @@ def main(argv=None):
         "Also: ipl.py sample, convert, inspect."
     )
     with process.plain_words():
-        for command in (sample, convert, inspect):
-            if argv[:1] == [command.__name__]:
-                return process.parse(command, argv[1:], f"ipl.py {command.__name__}")()
+        if argv and not argv[0].startswith("-"):
+            return process.parse_command((sample, convert, inspect), argv)()
         default = Config() if any(x.startswith("--generator") for x in argv) else MINIATURE
-        targets, rest = process.split(argv, "--target")
         parse = partial(process.parse, Config, description=about, default=default)
-        runs = [parse([*rest, *target]) for target in targets or [[]]]
-        for i, cfg in enumerate(runs):
-            checks.check(cfg)
-            if cfg.out and len(runs) > 1:
-                runs[i] = replace(cfg, out=f"{cfg.out}/{run_folder.name_of(cfg)}")
+        runs = run_folder.spread([parse(words) for words in process.split(argv, "--target")])
+        for cfg in runs[1:]:  # none begins where a later one is refused
+            prepare(cfg)
         for cfg in process.share(runs):
             adapt(cfg)
 

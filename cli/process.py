@@ -7,8 +7,10 @@ import os
 import re
 import signal
 import sys
+import unicodedata
 import warnings
 from functools import partial, wraps
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -17,10 +19,14 @@ import torch.distributed as dist
 def parse(kind, argv, prog="ipl.py", **more):
     """tyro.cli, with errors of one line: a dataclass -> its value, a function -> its call to make.
 
-    Raises ValueError for words that do not fit; exits after --help.
+    Raises ValueError for words that do not fit, and for those that are no text; exits after --help.
     """
     import tyro
 
+    for before, word in zip(["", *argv], argv, strict=False):
+        if any(unicodedata.category(x) in ("Cc", "Cs") for x in word):
+            flag = before if before.startswith("-") else "a word"
+            raise ValueError(f"{flag} is {word!r}; wanted: UTF-8 without control characters")
     if not isinstance(kind, type):
         function = kind
         kind = wraps(function)(lambda *args, **kwargs: partial(function, *args, **kwargs))
@@ -31,20 +37,46 @@ def parse(kind, argv, prog="ipl.py", **more):
     except SystemExit as exit_:
         if not exit_.code:
             raise
-        first = re.split(r"│ ─+ │", box.getvalue())[0]  # what is wrong; help follows
-        words = " ".join(line.strip("│ ") for line in first.splitlines()[1:])
-        raise ValueError(f"{words.rstrip('.')}; see {prog} --help") from exit_
+        raise ValueError(f"{_out_of_box(box.getvalue())}; see {prog} --help") from exit_
+
+
+def parse_command(functions, argv):
+    """The call of the one that argv[0] names, as `parse`. Raises ValueError if none does."""
+    name, known = argv[0], {function.__name__: function for function in functions}
+    if name not in known:
+        wanted = f"{', '.join(known)}, or flags alone such as --target anime"
+        raise ValueError(f"no command {name!r}; wanted: {wanted}")
+    return parse(known[name], argv[1:], f"ipl.py {name}")
+
+
+def _out_of_box(text):
+    """What tyro says is wrong, and the flag that it thinks was meant, without frame and help."""
+    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
+    rule = re.compile("[─-]+")  # the latter where stdout is not UTF-8
+    first = 2 if rule.fullmatch(lines[1]) else 1  # after the title
+    wrong, *help_ = (
+        list(group) for is_rule, group in groupby(lines[first:], rule.fullmatch) if not is_rule
+    )
+    words = re.sub(r" Got errors:.*", "", " ".join(filter(None, wrong))).rstrip(".")
+    known = "Argument helptext:", "Perhaps you meant:"
+    meant = help_[0][1:2] if help_ and help_[0][0] in known else []
+    return "; wanted: ".join([words, *meant])
 
 
 def split(argv, flag):
-    """The words of a flag that may be given several times: [[flag, value], ...], and the rest."""
+    """A command line for each value of a flag that may be given several times."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(flag, action="append", default=[], dest="values")
     try:
         found, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError:  # the flag without a value, for `parse` to refuse
-        return [], argv
-    return [[flag, value] for value in found.values], rest
+        return [argv]
+    return [[*rest, flag, value] for value in found.values] or [argv]
+
+
+def in_words(error):
+    """An OSError without its number."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 @contextlib.contextmanager
@@ -55,7 +87,10 @@ def plain_words(prog="ipl.py"):
     """
 
     def say(kind, what):
-        print(f"{prog}: {kind}:", " ".join(str(what).split()), file=sys.stderr, flush=True)
+        words = " ".join(str(what).split())
+        words = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in words)
+        words = words if len(words) <= 500 else f"{words[:250]} ... {words[-200:]}"
+        print(f"{prog}: {kind}: {words}", file=sys.stderr, flush=True)
 
     def fail(what, code):
         # what is wrong with the input is wrong on every rank of a machine: one of them says so
@@ -69,8 +104,10 @@ def plain_words(prog="ipl.py"):
             yield
         except (FloatingPointError, MemoryError) as error:
             fail(error, 1)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             fail(error, 2)
+        except OSError as error:
+            fail(in_words(error), 2)
         except RuntimeError as error:  # gloo and NCCL have no error class of their own
             if not dist.is_initialized() or not re.search(
                 "gloo|nccl|peer|socket", str(error), re.I
@@ -92,15 +129,17 @@ def plain_words(prog="ipl.py"):
 def deferred_signals():
     """SIGINT and SIGTERM inside wait: they are appended to the list that this yields.
 
-    A second one does not wait. Nothing is deferred outside the main thread, which has no signals.
+    A second SIGINT does not wait, but under torchrun, which sends every signal on to its processes,
+    often for the second time, and kills those that take too long.
     """
     received, before = [], {}
 
     def receive(number, frame):
         received.append(number)
-        for waiting, handler in before.items():
-            signal.signal(waiting, handler)
-        print("\nstopping after this step; again, to stop at once", file=sys.stderr, flush=True)
+        if not dist.is_torchelastic_launched():
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if len(received) == 1:
+            print("\nstopping after this step; Ctrl-C stops at once", file=sys.stderr, flush=True)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -146,12 +185,14 @@ def pick_device(name):
     )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes > 1 and name.startswith("cuda:"):
+        raise ValueError(f"--device {name} and {processes} processes; wanted: cuda, for a GPU each")
     if name == "cuda" and processes > 1:
         if processes > torch.cuda.device_count():
             raise ValueError(f"{processes} processes and {torch.cuda.device_count()} GPUs")
         name = f"cuda:{local}"
     try:
-        if not name.startswith(("cpu", "cuda")):
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
             raise AssertionError
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -20,6 +20,8 @@ import re
 import shlex
 import tempfile
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +29,8 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import nn
 
-from cli.process import any_rank, deferred_signals, rank
+from cli.checks import check
+from cli.process import any_rank, deferred_signals, in_words, rank
 from stylegan2_ops.checkpoints import misfit_of, save_generator, write_whole
 
 CHECKPOINT = "checkpoint.pt"
@@ -40,7 +43,27 @@ OF_A_CALL = ("out", "device", "overwrite", "resume", "save_every")  # not of the
 def name_of(cfg):
     """The name of a run's folder, where the user gives none."""
     words = f"{cfg.source.strip()}-to-{cfg.target.strip()}".lower()
-    return re.sub(r"\W+", "-", words) + "-nada" * (cfg.method == "nada")
+    # a file system takes 255 bytes, and a letter has up to 4
+    return re.sub(r"\W+", "-", words)[:60] + "-nada" * (cfg.method == "nada")
+
+
+def folder_of(cfg):
+    return Path(cfg.out or Path("runs") / name_of(cfg))
+
+
+def spread(runs):
+    """Several Configs with a folder for each, in their --out; one stays as it is.
+
+    Raises ValueError if two have the same folder.
+    """
+    if len(runs) == 1:
+        return runs
+    folders = [str(Path(cfg.out or "runs") / name_of(cfg)) for cfg in runs]
+    for cfg, folder in zip(runs, folders, strict=True):
+        if folders.count(folder) > 1:
+            wanted = "other words, or a command and an --out for each"
+            raise ValueError(f"two --target, one {cfg.target!r}, go to {folder}; wanted: {wanted}")
+    return [replace(cfg, out=folder) for cfg, folder in zip(runs, folders, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -53,7 +76,7 @@ class Keeper:
         keep = Keeper(folder, config, device)                      nothing is written yet
         with keep:                                                 makes the folder, and holds it
             for step in keep(stage, bar, history, rng, *modules): ...     in each training loop
-            save_run(folder, ...), keep.finish()
+            keep.finish(...)                                   writes the results, as save_run
 
     A checkpoint holds for each loop, in the order of their calls, the steps done, the history, the
     state of the rng and those of the modules (networks, optimizers). With it a run goes on to the
@@ -75,8 +98,6 @@ class Keeper:
             found = [self.found, self.finished]
             dist.broadcast_object_list(found)
             self.found, self.finished = found
-        if self.finished and rank() == 0:
-            print(f"{folder} is a finished run: nothing is left to do")
 
     def _look(self, resume, overwrite):
         there = [name for name in FILES if (self.folder / name).exists()]
@@ -100,8 +121,8 @@ class Keeper:
             if settings.get(name, value) != value
         ]:
             raise ValueError(
-                f"{self.folder} was begun with {'; '.join(different)}; wanted: the same settings, "
-                "another --out, or --overwrite"
+                f"{self.folder} was begun with {'; '.join(different)}; wanted: the same settings "
+                "and files, another --out, or --overwrite"
             )
 
     def __enter__(self):
@@ -122,14 +143,20 @@ class Keeper:
         if not self.found:
             self.path.unlink(missing_ok=True)
 
-    def __exit__(self, kind, *_):
-        """A run that diverges is kept as it was before the step that did, if that is finite."""
+    def __exit__(self, kind, error, _):
+        """A run that diverges is kept as it was before the step that did, if that is finite.
+
+        What has stopped it from writing is a ValueError that says how to go on.
+        """
         if rank():
             return
         if kind is FloatingPointError:
             with contextlib.suppress(FloatingPointError):
                 self.save()
         os.close(self.lock)
+        if kind and issubclass(kind, OSError):
+            wanted = "a folder to write in, with room, and the same command with --resume"
+            raise ValueError(f"{in_words(error)}; wanted: {wanted}") from error
 
     def __call__(self, stage, bar, history, rng, *modules):
         """The steps of a stage's loop that are left; its bar of all steps shows those done.
@@ -166,8 +193,11 @@ class Keeper:
             loop["history"][:] = kept["history"]
             rng.set_state(kept["rng"])
             loop |= {"step": kept["step"], "rng": kept["rng"]}
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} does not fit this run's networks: {error}") from error
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path} does not fit this run's networks ({type(error).__name__}: {error}); "
+                "wanted: --overwrite, to begin anew"
+            ) from error
 
     def save(self):
         """Write the state as it was before the step that is under way.
@@ -199,8 +229,13 @@ class Keeper:
         where = f"in stage {stage}, at {resolution} x {resolution} pixels"
         return f"{where}; wanted: less than {batches}"
 
-    def finish(self):
-        """The run is written: nothing is left to go on with."""
+    def say_finished(self):
+        if rank() == 0:
+            print(f"{self.folder} is a finished run: nothing is left to do")
+
+    def finish(self, *results):
+        """Write the results, as `save_run`: then nothing is left to go on with."""
+        save_run(self.folder, *results)
         self.path.unlink()
         source, target, method = (self.settings[f"--{x}"] for x in ("source", "target", "method"))
         times = ", ".join(f"stage {stage} {x:.0f} s" for stage, x in self.seconds.items())
@@ -226,8 +261,9 @@ def _tensors(state):
 def _read_checkpoint(path):
     """-> settings, a dict for each training loop. Raises ValueError if it is damaged."""
     try:
-        kept = torch.load(path, map_location="cpu", weights_only=True)
-        return kept["settings"], kept["loops"]
+        with warnings.catch_warnings(action="ignore"):  # of strange files
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(kept["settings"]), [dict(loop) for loop in kept["loops"]]
     except Exception as error:  # whatever a foreign file can raise
         raise ValueError(
             f"{path}: damaged, or no checkpoint of a run ({type(error).__name__}); wanted: "
@@ -280,13 +316,22 @@ def check_sample(folder, picture):
 
 
 def read_config(folder, kind=dict):
-    """The Config of ipl.py, if that is `kind`. Raises ValueError, of one line, if there is none."""
+    """As a dict, or the Config of ipl.py if that is `kind`. Raises ValueError, of one line, if
+    there is none, or a value out of its range."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        return kind(**config | _full_paths(config))
+        found = kind(**config | _full_paths(config))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: no config of a run ({type(error).__name__})") from error
+        wanted = "the config.json of a finished run"
+        why = type(error).__name__
+        raise ValueError(f"{path}: no config of a run ({why}); wanted: {wanted}") from error
+    if kind is not dict:
+        try:
+            check(found)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return found
 
 
 def save_run(folder, config, mappers, generator, history, floor, samples):

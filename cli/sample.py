@@ -24,9 +24,10 @@ def sample(
     adapted = run_folder.check_sample(run, out)
     cfg = run_folder.read_config(run, ipl.Config)
     psi = cfg.truncation_psi if truncation_psi is None else truncation_psi
-    checks.check(replace(cfg, seed=seed, truncation_psi=psi, samples=n))
+    checks.check(replace(cfg, seed=seed, truncation_psi=psi, samples=n), samples="--n")
     device = process.pick_device(device)
     source, target = ipl.load_frozen(cfg, device), ipl.load_frozen(cfg, device, adapted)
+    checks.check_pair(source, target, adapted)
     run_folder.make_folder(out.parent)
     grid = ipl.sample_grid(source, target, n=n, seed=seed, truncation_psi=psi)
     run_folder.save_picture(grid, out)

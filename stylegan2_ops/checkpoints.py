@@ -29,6 +29,8 @@ from .pickles import CheckpointError, Module, read_pickled, some, tensor_reader
 TRAINING = {"g", "d", "g_optim", "d_optim", "args", "ada_aug_p", "iter"}
 TRAINING |= {"G", "D", "augment_pipe", "training_set_kwargs"}
 
+WANTED = "a StyleGAN2 checkpoint (.pt, .pkl, .safetensors) or the URL of one"
+
 
 class Checkpoint(NamedTuple):
     """A generator as it is in a file."""
@@ -107,8 +109,10 @@ def _read_file(path):
     path, data = Path(path), b""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise CheckpointError("not a regular file")
+            raise CheckpointError(f"not a regular file; wanted: {WANTED}")
         data = path.read_bytes()
+        if not data:
+            raise CheckpointError(f"damaged, it is empty; wanted: {WANTED}")
         if path.suffix == ".safetensors":
             return _read_safetensors(data)
         value = read_pickled(data)
@@ -116,11 +120,12 @@ def _read_file(path):
             return _read_nvidia(value, tensor_reader(4 * len(data)))
         if isinstance(value, dict) and isinstance(value.get("g_ema"), dict):
             return _read_rosinality(value, tensor_reader(4 * len(data)))
-        wanted = "g_ema" if data.startswith(b"PK") else "G_ema"
-        raise CheckpointError(f'not a generator checkpoint, it has no "{wanted}"')
+        if isinstance(value, dict) and "text_projection" in value:
+            raise CheckpointError(f"a CLIP, not a generator; wanted: {WANTED}")
+        lacks = "g_ema" if data.startswith(b"PK") else "G_ema"
+        raise CheckpointError(f'not a generator checkpoint, it has no "{lacks}"; wanted: {WANTED}')
     except OSError as error:
-        wanted = "a StyleGAN2 checkpoint (.pt, .pkl, .safetensors) or the URL of one"
-        raise CheckpointError(f"{path}: {error.strerror}; wanted: {wanted}") from error
+        raise CheckpointError(f"{path}: {error.strerror}; wanted: {WANTED}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # bytes that are no checkpoint can fail in any way
@@ -130,7 +135,7 @@ def _read_file(path):
         other = "more than plain tensors"
         if data and path.suffix != ".safetensors" and not data.startswith((b"PK", b"\x80")):
             other = "written by neither pickle nor torch.save"  # such as a page that asks to log in
-        raise CheckpointError(f"{path}: damaged, or {other} ({kind})") from error
+        raise CheckpointError(f"{path}: damaged, or {other} ({kind}); wanted: {WANTED}") from error
 
 
 def write_checkpoint(checkpoint, path):
@@ -156,7 +161,10 @@ def write_checkpoint(checkpoint, path):
 
 
 def write_whole(path, write):
-    """write(file aside), flush it to the disk, rename: `path` appears whole or not at all."""
+    """write(file aside), flush it to the disk, rename: `path` appears whole or not at all.
+
+    Raises OSError, with `path` as its file.
+    """
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(aside)
@@ -166,6 +174,9 @@ def write_whole(path, write):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # else the new name may be lost with the power
         os.close(folder)
+    except OSError as error:  # which names the file aside, or none
+        words = f"cannot be written: {error.strerror or error}"
+        raise OSError(error.errno, words, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -166,3 +167,18 @@ def test_a_process_that_dies_ends_the_job_which_resumes(tmp_path, rank):
     history = (out / "history.jsonl").read_text().splitlines()
     steps = [(json.loads(row)["stage"], json.loads(row)["step"]) for row in history]
     assert steps == [(1, 0), (1, 1), *((2, i) for i in range(60))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_torchrun_save_the_run(tmp_path, number):
+    out = tmp_path / "run"
+    args = [*WORLD, *SHORT, "--method", "nada", "--steps", "2000", "--save-every", "3"]
+    job = torchrun(2, ROOT / "ipl.py", *args, "--out", out)
+    while not (out / "checkpoint.pt").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.01)
+    first = (out / "checkpoint.pt").stat().st_mtime_ns
+    job.send_signal(number)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode != 0 and "of 2000 steps are saved; the same command with --re" in err
+    assert (out / "checkpoint.pt").stat().st_mtime_ns > first and not list(out.glob(".*"))

@@ -201,7 +201,7 @@ def test_signals_save_and_stop(tmp_path, number):
     said, words = job.communicate(timeout=60)
     assert job.returncode == 128 + number and said == ""
     asked, told = words.split("\n")[1], words.split("\n")[-2]
-    assert asked == "stopping after this step; again, to stop at once"
+    assert asked == "stopping after this step; Ctrl-C stops at once"
     saved = torch.load(out / "checkpoint.pt", weights_only=True)["loops"][0]["step"]
     assert told == (
         f"ipl.py: stopped, stage 2, {saved} of 60 steps are saved; "
