@@ -187,6 +187,7 @@ OUT_OF_RANGE = {
     "layers": [],
     "num_layers": ["0", "-1"],
     "layer_batch": ["0"],
+    "layer_every": ["0", "-5"],
     "layer_lr": ["0", "-1"],
     "freeze": [],
     "truncation_psi": ["1001", "1e39"],

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -320,7 +321,7 @@ def test_without_a_generator_the_miniature_values_are_the_defaults(monkeypatch):
     ipl.main(["--generator", "x.pt"])
     ipl.main(["--generator", "x.pt", "--eps", "0.2"])
     assert seen[0] == ipl.MINIATURE
-    assert seen[1] == ipl.replace(ipl.MINIATURE, steps=7)
+    assert seen[1] == replace(ipl.MINIATURE, steps=7)
     assert seen[2] == ipl.Config(generator="x.pt")
     assert seen[3] == ipl.Config(generator="x.pt", eps=0.2)
 

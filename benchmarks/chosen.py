@@ -1,0 +1,126 @@
+"""Speed and quality of what trades one for the other: Config's fields that change the numbers.
+
+    python -m benchmarks.chosen [--seeds 101 102 103 104 105] [--target anime] [--variants ...]
+
+Stage 2 on the miniature, with the adaptive layer choice and in float32, against the same with one
+field changed at a time, and with the recommended ones together. All variants of a seed share one
+mapper and one seed of latents. Speed is the time of an exact step over that of the variant's, both
+from this run. Quality is what the miniature's judge sees in 512 pictures: shares of the target
+domain and of attributes read right, Frechet distance; means over the seeds with 95% intervals, and
+those of the differences to the exact runs of the same seeds. Writes chosen.json.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import ipl
+from cli.process import pick_device, plain_words
+from cli.run_folder import make_folder
+from miniature import CLIP, GENERATOR
+from miniature.evaluate import Truth, interval
+from miniature.judge import load_judge
+from stylegan2_ops import load_generator
+from stylegan2_ops.checkpoints import write_whole
+
+EXACT = replace(ipl.MINIATURE, layers="adaptive", autocast="none")
+RECOMMENDED = {"layer_every": 5, "autocast": "all"}
+VARIANTS = {
+    "exact": {},
+    "layer choice every 5 steps": {"layer_every": 5},
+    "layer batch 2": {"layer_batch": 2},
+    "CLIP in bf16": {"autocast": "clip"},
+    "all in bf16": {"autocast": "all"},
+    "all in fp16": {"autocast": "all", "half": "fp16"},
+    "compile": {"compile": True},
+    "tf32": {"tf32": True},
+    "recommended": RECOMMENDED,
+}
+FIGURES = ("target", "attributes", "frechet")
+WARM_UP = 5  # steps
+
+
+def adapt(cfg, generator, pair, directions, seed):
+    """Stage 2 -> the adapted generator, and the seconds of a step."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+    times = []
+
+    def keep(stage, bar, history, rng, *modules):
+        for step in range(bar.total):
+            times.append(time.perf_counter())  # each step ends in a wait for its loss
+            yield step
+        times.append(time.perf_counter())
+
+    rng = torch.Generator().manual_seed(seed)
+    adapted, _ = ipl.adapt_generator(cfg, generator, *pair, directions, rng=rng, keep=keep)
+    return adapted, (times[-1] - times[WARM_UP]) / (cfg.steps - WARM_UP)
+
+
+def measure(options):
+    """{variant: [figures and seconds of a step, for each seed]}."""
+    device = pick_device(options.device)
+    generator, pair = load_generator(GENERATOR, device), ipl.load_clip(CLIP, device)
+    truth = Truth(512, 50_000, load_judge(), load_generator(GENERATOR))
+    rows = {name: [] for name in options.variants}
+    bar = tqdm(total=len(options.seeds) * len(rows), disable=None)
+    for seed in options.seeds:
+        exact = replace(EXACT, target=options.target, steps=options.steps)
+        rng = torch.Generator().manual_seed(seed)
+        mapper, _ = ipl.train_mapper(exact, generator, *pair, rng=rng)
+        directions = ipl.prompt_directions(exact, pair[0], mapper)
+        for name in rows:
+            cfg = replace(exact, **VARIANTS[name])
+            adapted, seconds = adapt(cfg, generator, pair, directions, seed)
+            figures = truth.figures(truth.pictures(adapted.cpu()), options.target)
+            rows[name].append({"seconds": seconds, **{k: figures[k] for k in FIGURES}})
+            bar.update()
+    return rows
+
+
+def table(rows):
+    lines = ["| variant | speed | domain | − exact | attributes | − exact | Fréchet | − exact |"]
+    lines.append("| --- |" + " --- |" * 7)
+    for name, found in rows.items():
+        pairs = list(zip(found, rows["exact"], strict=True))
+        speed = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
+        cells = [f"{speed:.2f}x"]
+        for figure, digits in zip(FIGURES, (2, 2, 0), strict=True):
+            own = interval([row[figure] for row in found])
+            difference = interval([a[figure] - b[figure] for a, b in pairs])
+            cells += [f"{m:{sign}.{digits}f} ± {half:.{digits}f}"
+                      for sign, (m, half) in (("", own), ("+", difference))]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(cells if name != "exact" else
+                                                 [c if i % 2 or not i else "" for i, c in
+                                                  enumerate(cells)]) + " |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103, 104, 105])
+    parser.add_argument("--target", default="anime")
+    parser.add_argument("--steps", type=int, default=EXACT.steps)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/chosen"))
+    options = parser.parse_args()
+    with plain_words("benchmarks.chosen"):
+        options.variants = list(dict.fromkeys(["exact", *options.variants]))
+        make_folder(options.out)
+        rows = measure(options)
+        hardware = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        result = {"seeds": options.seeds, "target": options.target, "rows": rows, "on": hardware}
+        text = json.dumps(result, indent=2) + "\n"
+        write_whole(options.out / "chosen.json", lambda path: path.write_text(text))
+        print(f"{options.target}, seeds {' '.join(map(str, options.seeds))}, {hardware}")
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
