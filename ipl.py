@@ -91,7 +91,8 @@ class Config:
     clip_weights: tuple[float, ...] = ()  # Weight of each CLIP in stage 2; else 1.
     # Image-specific prompts; or NADA's one direction for all images, which needs no stage 1.
     method: Literal["ipl", "nada"] = "ipl"
-    out: str | None = None  # Run folder. None: runs/<source>-to-<target>, or ...-nada.
+    # Run folder; of several --target, the folder of theirs. None: runs/<source>-to-<target>[-nada].
+    out: str | None = None
     overwrite: bool = False  # Replace the run that is in the folder.
     resume: bool = False  # Go on with it where it was stopped, to the same result.
     save_every: int = 50  # Steps after which the unfinished run is saved; also if it is stopped.
@@ -206,6 +207,8 @@ def load_clip(name_or_path, device="cpu"):
             clip_model = clip.model.build_model(state_dict).float()
             clip_model.load_state_dict(state_dict)  # build_model has rounded it to float16
     except Exception as error:  # whatever a download or a foreign file can raise
+        if "memory" in str(error):
+            raise
         raise ValueError(
             f"CLIP {name!r} cannot be loaded ({type(error).__name__}); wanted: a file of tensors "
             "under OpenAI's key names or, when online, the name of one of OpenAI's models"
@@ -780,43 +783,44 @@ def load_clips(cfg, device):
 
 
 def prepare(cfg):
-    """All that can refuse a run, before it writes: -> its Keeper, its CLIPs, its generator."""
+    """What can refuse a run, before it writes: -> its Keeper, its CLIPs, its generator."""
     from cli import checks, process, run_folder
 
     checks.check(cfg)
+    process.choose_kernels(cfg.deterministic, cfg.tf32)
     device = process.pick_device(cfg.device)
     checks.check_shares(cfg, ranks()[1])
     keep = run_folder.Keeper(run_folder.folder_of(cfg), asdict(cfg), device)
-    clips, generator = load_clips(cfg, device), load_frozen(cfg, device)
+    with process.one_at_a_time():
+        clips, generator = load_clips(cfg, device), load_frozen(cfg, device)
     checks.check_layers(cfg, generator)
     return keep, clips, generator
 
 
 def adapt(cfg):
-    """The main job: from two words to a run folder. A run that is there stays until the end."""
+    """The main job: from two words to a run folder. Results that are there stay until the end."""
     import miniature
     from cli import checks, process
 
     keep, clips, generator = prepare(cfg)
     if keep.finished:
         return keep.say_finished()
-    process.choose_kernels(cfg.deterministic, cfg.tf32)
 
     with process.memory_advice(lambda: keep.sizes(generator.resolution)), keep:
         rng = torch.Generator().manual_seed(cfg.seed)
         history, mappers = [], []
-        for i, (clip_model, transform) in enumerate(clips):
+        for i, pair in enumerate(clips):
             if cfg.method == "nada":
-                directions = label_direction(cfg, clip_model)
+                directions = label_direction(cfg, pair[0])
             else:
-                mapper, rows = train_mapper(cfg, generator, *clips[i], rng=rng, keep=keep)
-                directions = prompt_directions(cfg, clip_model, mapper)
+                mapper, rows = train_mapper(cfg, generator, *pair, rng=rng, keep=keep)
+                directions = prompt_directions(cfg, pair[0], mapper)
                 mappers.append(mapper)
                 history += rows if len(clips) == 1 else [{**x, "clip": cfg.clip[i]} for x in rows]
                 checks.warn_of_chance(cfg, rows)
-            clips[i] = clip_model, transform, directions
-        more = {"more": clips[1:], "keep": keep}
-        adapted, rows = adapt_generator(cfg, generator, *clips[0], rng=rng, **more)
+            clips[i] = *pair, directions
+        first, *more = clips
+        adapted, rows = adapt_generator(cfg, generator, *first, rng=rng, more=more, keep=keep)
         if process.rank() == 0:
             loss, psi = summed(cfg, partial(directional_loss, eps=cfg.eps)), cfg.truncation_psi
             floor = miniature.floor_of_truth(cfg, generator, clips, loss)
@@ -836,7 +840,7 @@ def main(argv=None):
         "miniature or, with --generator, as published. Several --target make several runs. "
         "Also: ipl.py sample, convert, inspect."
     )
-    with process.plain_words():
+    with process.plain_words(speaks=process.is_first()):
         if argv and not argv[0].startswith("-"):
             return process.parse_command((sample, convert, inspect), argv)()
         default = Config() if any(x.startswith("--generator") for x in argv) else MINIATURE
@@ -844,8 +848,7 @@ def main(argv=None):
         runs = run_folder.spread([parse(words) for words in process.split(argv, "--target")])
         for cfg in runs[1:]:  # none begins where a later one is refused
             prepare(cfg)
-        for cfg in process.share(runs):
-            adapt(cfg)
+    process.make_all(runs, adapt)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def _is_a(kind, value):
 
 def check_shares(cfg, processes):
     """That the processes of a run can divide its batches among them, or a ValueError."""
-    for name in ("batch_mapper", "batch", "layer_batch"):
+    used = ["batch"] + ["batch_mapper"] * (cfg.method == "ipl")
+    for name in used + ["layer_batch"] * (cfg.layers == "adaptive"):
         if getattr(cfg, name) % processes:
             wanted = f"a multiple of {processes}, the number of processes"
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}; wanted: {wanted}")

@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import fcntl
 import io
 import os
 import re
 import signal
 import sys
+import tempfile
 import unicodedata
 import warnings
 from functools import partial, wraps
@@ -80,10 +82,11 @@ def in_words(error):
 
 
 @contextlib.contextmanager
-def plain_words(prog="ipl.py"):
+def plain_words(prog="ipl.py", speaks=True):
     """Warnings and errors inside are one line on stderr each.
 
-    Exit code 2: bad input. 1: a run that failed. 128 + n: stopped by signal n.
+    Exit code 2: bad input. 1: a run that failed. 128 + n: stopped by signal n. speaks: whether this
+    is the process that says what all of them see.
     """
 
     def say(kind, what):
@@ -92,37 +95,40 @@ def plain_words(prog="ipl.py"):
         words = words if len(words) <= 500 else f"{words[:250]} ... {words[-200:]}"
         print(f"{prog}: {kind}: {words}", file=sys.stderr, flush=True)
 
-    def fail(what, code):
-        # what is wrong with the input is wrong on every rank of a machine: one of them says so
-        if code != 2 or os.environ.get("LOCAL_RANK", "0") == "0":
+    def fail(what, code, speaks=True):
+        if speaks:
             say("error", what)
         raise SystemExit(code)
 
+    def warn(message, *_, **__):
+        if speaks and rank() == 0:
+            say("warning", message)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: say("warning", message)
+        warnings.showwarning = warn
         try:
             yield
-        except (FloatingPointError, MemoryError) as error:
-            fail(error, 1)
+        except BrokenPipeError:  # whoever reads the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        except FloatingPointError as error:
+            fail(error, 1, speaks and rank() == 0)
         except ValueError as error:
-            fail(error, 2)
+            fail(error, 2, speaks and rank() == 0)
         except OSError as error:
             fail(in_words(error), 2)
-        except RuntimeError as error:  # gloo and NCCL have no error class of their own
-            if not dist.is_initialized() or not re.search(
-                "gloo|nccl|peer|socket", str(error), re.I
-            ):
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                fail(error if str(error).startswith("out of memory") else "out of memory", 1)
+            if not isinstance(error, dist.DistError) and not dist.is_initialized():
                 raise
-            gone = "another process of this run has stopped; the same command with --resume goes on"
-            fail(f"rank {dist.get_rank()}: {gone}", 1)
+            lost = "lost the other processes of this run; the same command with --resume goes on"
+            fail(f"rank {os.environ.get('RANK')}: {lost} ({str(error).splitlines()[0]})", 1)
         except KeyboardInterrupt as stop:
-            where, number = stop.args or ("the run is unfinished", signal.SIGINT)
-            words = f"stopped, {where}; the same command with --resume goes on"
-            print(f"\n{prog}: {words}", file=sys.stderr, flush=True)
+            where, number = stop.args or ("stopped", signal.SIGINT)
+            if speaks and rank() == 0:
+                print(f"\n{prog}: {where}", file=sys.stderr, flush=True)
             raise SystemExit(128 + number) from None
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -136,18 +142,28 @@ def deferred_signals():
 
     def receive(number, frame):
         received.append(number)
-        if not dist.is_torchelastic_launched():
+        alone = not dist.is_torchelastic_launched()
+        if alone and signal.SIGINT in before:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
-        if len(received) == 1:
-            print("\nstopping after this step; Ctrl-C stops at once", file=sys.stderr, flush=True)
+        if len(received) == 1 and rank() == 0:
+            words = "stopping after this step" + "; Ctrl-C stops at once" * alone
+            print(f"\n{words}", file=sys.stderr, flush=True)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, receive)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                before[number] = signal.signal(number, receive)
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_out_of_memory(error):
+    """Whether that is what an error says; not all that do are of torch's own class."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return bool(re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)))
 
 
 @contextlib.contextmanager
@@ -155,8 +171,8 @@ def memory_advice(advice):
     """Out of memory inside is a MemoryError with what advice() says."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # on a CPU torch has no class of its own for it
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate" in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
             raise MemoryError(f"out of memory {advice()}") from error
         raise
 
@@ -189,7 +205,8 @@ def pick_device(name):
         raise ValueError(f"--device {name} and {processes} processes; wanted: cuda, for a GPU each")
     if name == "cuda" and processes > 1:
         if processes > torch.cuda.device_count():
-            raise ValueError(f"{processes} processes and {torch.cuda.device_count()} GPUs")
+            found = f"{processes} processes, {torch.cuda.device_count()} GPUs"
+            raise ValueError(f"{found}; wanted: a GPU for each, or --device cpu")
         name = f"cuda:{local}"
     try:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -197,6 +214,11 @@ def pick_device(name):
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r}; wanted: auto, cpu, cuda or cuda:<n>") from error
+
+
+def is_first():
+    """Whether no other process of this machine, under torchrun, comes before this one."""
+    return not dist.is_torchelastic_launched() or os.environ["LOCAL_RANK"] == "0"
 
 
 def join(device):
@@ -214,6 +236,40 @@ def share(runs):
         return runs[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])]
     join(pick_device(runs[0].device))
     return runs
+
+
+def make_all(runs, make):
+    """make(run) of those of this process. One that fails does not keep the others from being made.
+
+    Raises SystemExit with the code of the first that failed, or at once if a signal stops it.
+    """
+    codes = []
+    with plain_words():
+        runs = share(runs)
+    for run in runs:
+        try:
+            with plain_words():
+                make(run)
+        except SystemExit as exit_:
+            codes.append(exit_.code)
+            if exit_.code > 128:
+                raise
+    if codes:
+        raise SystemExit(codes[0])
+    if dist.is_initialized():  # after an error it might wait for processes that are gone
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_at_a_time():
+    """Of the processes of a machine, such as those that fetch the same file."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    name = f"ipl-{os.getuid()}-{os.environ['TORCHELASTIC_RUN_ID']}.lock"
+    with open(os.path.join(tempfile.gettempdir(), name), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def rank():

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import tempfile
 import time
 import warnings
@@ -29,6 +30,7 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import nn
 
+import miniature
 from cli.checks import check
 from cli.process import any_rank, deferred_signals, in_words, rank
 from stylegan2_ops.checkpoints import misfit_of, save_generator, write_whole
@@ -89,15 +91,27 @@ class Keeper:
 
     def __init__(self, folder, config, device):
         self.folder, self.path, self.every = folder, folder / CHECKPOINT, config["save_every"]
-        self.found, self.loops, self.finished = [], [], False
+        self.found, self.loops, self.finished, self.stage = [], [], False, None
         self.seconds = {}  # that this process has spent in each stage
         self.settings = _settings(config) | {"device": device.type}
+        refusal = None
         if rank() == 0:
-            self._look(config["resume"], config["overwrite"])
-        if dist.is_initialized():
-            found = [self.found, self.finished]
-            dist.broadcast_object_list(found)
-            self.found, self.finished = found
+            self.stamp = self._stamp()
+            try:
+                self._look(config["resume"], config["overwrite"])
+            except ValueError as error:
+                refusal = error
+        if dist.is_initialized():  # all processes go the same way
+            sent = [refusal, self.found, self.finished]
+            dist.broadcast_object_list(sent)
+            refusal, self.found, self.finished = sent
+        if refusal:
+            raise refusal
+
+    def _stamp(self):
+        """What is there: it changes when another process saves a state, or results."""
+        paths = [self.folder / name for name in FILES if (self.folder / name).exists()]
+        return [(path, path.stat().st_mtime_ns) for path in paths]
 
     def _look(self, resume, overwrite):
         there = [name for name in FILES if (self.folder / name).exists()]
@@ -126,35 +140,53 @@ class Keeper:
             )
 
     def __enter__(self):
-        if rank():
-            return
+        if rank() == 0:
+            self._hold()
+        self.waiting = deferred_signals()
+        self.received = self.waiting.__enter__()
+
+    def _hold(self):
+        """Make the folder, keep other processes out of it, and clear it of half written files."""
         make_folder(self.folder)
         self.lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            free = self.stamp == self._stamp()
+        except OSError as error:  # held by another, or a file system that has no locks
+            free = not isinstance(error, BlockingIOError)
+        if not free:
             os.close(self.lock)
-            raise ValueError(f"{self.folder}: another process is at work there") from error
-        except OSError:  # a file system that has no locks
-            pass
-        for name in FILES:  # what a process left that was killed in the middle of writing
-            for aside in self.folder.glob(f".{Path(name).stem}.*[0-9]{Path(name).suffix}"):
-                aside.unlink()
+            wanted = "one command at a time, with --resume"
+            raise ValueError(f"{self.folder}: another process works there; wanted: {wanted}")
+        for name in FILES:
+            aside = re.compile(rf"\.{Path(name).stem}\.\d+{Path(name).suffix}")
+            for path in self.folder.iterdir():
+                if aside.fullmatch(path.name):
+                    path.unlink()
         if not self.found:
             self.path.unlink(missing_ok=True)
 
-    def __exit__(self, kind, error, _):
-        """A run that diverges is kept as it was before the step that did, if that is finite.
+    def _leave(self):
+        self.waiting.__exit__(None, None, None)
+        if rank() == 0:
+            os.close(self.lock)
 
-        What has stopped it from writing is a ValueError that says how to go on.
-        """
-        if rank():
-            return
+    def __exit__(self, kind, error, _):
+        """Errors say how to go on. A run that diverges is kept as it was before the step that did,
+        if that is finite."""
+        try:
+            if kind is FloatingPointError:
+                with contextlib.suppress(FloatingPointError, OSError):
+                    self.save()
+        finally:
+            self._leave()
         if kind is FloatingPointError:
-            with contextlib.suppress(FloatingPointError):
-                self.save()
-        os.close(self.lock)
-        if kind and issubclass(kind, OSError):
+            raise FloatingPointError(f"{error}, with --overwrite, or another --out") from error
+        if kind is KeyboardInterrupt:
+            where, number = error.args or ("the run is unfinished", signal.SIGINT)
+            words = f"stopped, {where}; the same command with --resume goes on"
+            raise KeyboardInterrupt(words, number) from None
+        if kind and issubclass(kind, OSError) and error.filename:
             wanted = "a folder to write in, with room, and the same command with --resume"
             raise ValueError(f"{in_words(error)}; wanted: {wanted}") from error
 
@@ -162,31 +194,35 @@ class Keeper:
         """The steps of a stage's loop that are left; its bar of all steps shows those done.
 
         The state is saved every `save_every` steps, after the last one, and when SIGINT or SIGTERM
-        ends the run: KeyboardInterrupt(where, signal) is raised between two steps.
+        ends the run: KeyboardInterrupt(where, signal) is raised between two steps. A signal during
+        the last step of all, or while results are written, finds nothing left to stop.
         """
         loop = {"stage": stage, "step": 0, "history": history, "rng": rng.get_state()}
         self.loops.append(loop | {"modules": modules})
-        loop = self.loops[-1]
+        loop, self.stage = self.loops[-1], stage
         if len(self.found) >= len(self.loops):
             self._restore(loop, rng)
         bar.initial = bar.n = loop["step"]
         start = time.perf_counter()
-        with deferred_signals() as received:
-            while loop["step"] < bar.total:
-                yield loop["step"]
-                loop |= {"step": loop["step"] + 1, "rng": rng.get_state()}
-                bar.update()
-                stopped = any_rank(bool(received))
-                if stopped or loop["step"] % self.every == 0 or loop["step"] == bar.total:
+        while loop["step"] < bar.total:
+            yield loop["step"]
+            loop |= {"step": loop["step"] + 1, "rng": rng.get_state()}
+            bar.update()
+            last = loop["step"] == bar.total
+            if due := last or loop["step"] % self.every == 0:
+                self.save()
+            if not last and any_rank(bool(self.received)):
+                if not due:
                     self.save()
-                if stopped:
-                    where = f"stage {stage}, {loop['step']} of {bar.total} steps are saved"
-                    raise KeyboardInterrupt(where, (received or [15])[0])
+                where = f"stage {stage}, {loop['step']} of {bar.total} steps are saved"
+                raise KeyboardInterrupt(where, (self.received or [signal.SIGTERM])[0])
         bar.close()
+        self.stage = None
         self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
 
     def _restore(self, loop, rng):
-        kept = self.found[len(self.loops) - 1]
+        i = len(self.loops) - 1
+        kept, self.found[i] = self.found[i], None  # which takes memory
         try:
             for module, state in zip(loop["modules"], kept["states"], strict=True):
                 module.load_state_dict(state)
@@ -223,11 +259,11 @@ class Keeper:
 
     def sizes(self, resolution):
         """What takes memory in the stage that is under way, in words."""
-        stage = self.loops[-1]["stage"] if self.loops else 1
-        names = (["--batch-mapper"], ["--batch", "--layer-batch"])[stage - 1]
-        batches = ", ".join(f"{name} {self.settings[name]}" for name in names)
-        where = f"in stage {stage}, at {resolution} x {resolution} pixels"
-        return f"{where}; wanted: less than {batches}"
+        of_stages = {1: ["--batch-mapper"], 2: ["--batch", "--layer-batch"]}
+        names = of_stages.get(self.stage, ["--samples"])
+        sizes = ", ".join(f"{name} {self.settings[name]}" for name in names)
+        where = f"in stage {self.stage}" if self.stage else "outside the stages"
+        return f"{where}, at {resolution} x {resolution} pixels; wanted: less than {sizes}"
 
     def say_finished(self):
         if rank() == 0:
@@ -275,6 +311,8 @@ def _settings(config):
     """What a run's result depends on: fields of Config by their flags, and its files' content."""
     config = json.loads(json.dumps(config | _full_paths(config)))  # with lists for tuples
     files = [x for x in (config["generator"], *config["clip"]) if x and Path(x).is_file()]
+    if config["generator"] is None:
+        files += [miniature.GENERATOR, miniature.CLIP]
     return {
         **{f"--{name.replace('_', '-')}": x for name, x in config.items() if name not in OF_A_CALL},
         **{f"SHA-256 of {name}": _sha256(name) for name in files},
@@ -283,7 +321,7 @@ def _settings(config):
 
 def _sha256(path):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------------

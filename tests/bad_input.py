@@ -601,7 +601,7 @@ def answer(row, folder):
 def line_of(row, err, folder):
     """A row of the page's tables."""
     said = err.strip().removeprefix("ipl.py: error: ").replace(f"{folder}/", "")
-    said = re.sub(r"\b[0-9a-f]{64}\b", "...", said)
+    said = re.sub(r"\b[0-9a-f]{16}\b", "...", said)
     command = re.sub("ipl.py", "python ipl.py", row.command, count=1)
     command = re.sub(r"(ooh ){9,}", "ooh ooh ... ", command)
     command, said = (re.sub(r"x{99,}", "xxx...xxx", x) for x in (command, said))
