@@ -16,117 +16,26 @@ given: the tables say so. Writes step.json and step.png.
 import argparse
 import contextlib
 import copy
-import json
 import math
-import os
-import platform
 import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ipl
-from benchmarks import published_order, worlds
+from benchmarks import measure, published_order, worlds
+from benchmarks.measure import PARTS, SEED, Memory, Parts, clock
 from cli.process import pick_device, plain_words
 from stylegan2_ops.checkpoints import write_whole
 
 WAYS = ("ours", "published")
-PARTS = (
-    "texts", "frozen generator", "CLIP of source", "layer choice", "trainable generator",
-    "CLIP of target", "backward", "optimizer, average", "other",
-)  # fmt: skip
 SMALL = {"batch_mapper": 4, "batch": 1, "layer_batch": 4}  # at 1024 on a CPU
-SEED = 0
-
 
 # ----------------------------------------------------------------------------------------------
-# Measuring
-
-
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-class Memory:
-    """The bytes of tensors that one way of working holds: `peak` over all its `with` blocks."""
-
-    def __init__(self, device):
-        self.device, self.held, self.peak = device, 0, 0
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.start = torch.cuda.memory_allocated(self.device)
-        else:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler chats on stderr
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            self.profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-            self.profiler.start()
-
-    def __exit__(self, *_):
-        if self.device.type == "cuda":
-            top = torch.cuda.max_memory_allocated(self.device) - self.start
-            self.peak = max(self.peak, self.held + top)
-            self.held += torch.cuda.memory_allocated(self.device) - self.start
-            return
-        self.profiler.stop()
-        events = self.profiler.profiler.kineto_results.events()
-        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        for _, change in sorted(changes):
-            self.held += change
-            self.peak = max(self.peak, self.held)
-
-
-class Parts:
-    """Seconds of each part of a step. A part inside another one counts as the outer one."""
-
-    def __init__(self, device):
-        self.device, self.inside, self.seconds = device, False, dict.fromkeys(PARTS, 0.0)
-
-    def timed(self, function, part):
-        """The function with a clock. part: a name, or the arguments -> a name."""
-
-        def run(*args, **kwargs):
-            if self.inside:
-                return function(*args, **kwargs)
-            start, self.inside = clock(self.device), True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.inside = False
-                name = part if isinstance(part, str) else part(*args)
-                self.seconds[name] += clock(self.device) - start
-
-        return run
-
-    @contextlib.contextmanager
-    def step(self, patches, optimizer):
-        """One step under the clock. patches: (object, name of its function, part)."""
-
-        def start_of_update(*_):
-            nonlocal update
-            update = clock(self.device)
-
-        with contextlib.ExitStack() as stack:
-            for thing, name, part in patches:
-                stack.enter_context(
-                    patch.object(thing, name, self.timed(getattr(thing, name), part))
-                )
-            hook = optimizer.register_step_pre_hook(start_of_update)
-            stack.callback(hook.remove)
-            start = update = clock(self.device)
-            before = sum(self.seconds.values())
-            yield
-            end = clock(self.device)
-        self.seconds["optimizer, average"] += end - update
-        self.seconds["other"] += end - start - (sum(self.seconds.values()) - before)
+# The two ways
 
 
 def side(images, *_):
@@ -151,10 +60,6 @@ def patches_of(way, source, target, clip_model):
     return functions + [(target, "synthesis", "trainable generator")] * (target is not None)
 
 
-# ----------------------------------------------------------------------------------------------
-# The two ways
-
-
 def draws(z_dim):
     """draw_z, and the list of what it has drawn."""
     rng, drawn = torch.Generator().manual_seed(SEED), []
@@ -166,19 +71,18 @@ def draws(z_dim):
     return draw_z, drawn
 
 
-def run_ours(world, stage, mapper, keep, draw_z=None):
+def run_ours(world, stage, mapper, keep, target=None, draw_z=None):
     """A stage of ipl.py with a `keep` that sees every step begin and end."""
     cfg, generator, clip_model, transform = world
     more = {"rng": torch.Generator().manual_seed(SEED), "keep": keep, "draw_z": draw_z}
     if stage == 1:
         return ipl.train_mapper(cfg, *world[1:], mapper=mapper, **more)[1]
     directions = ipl.prompt_directions(cfg, clip_model, mapper)
-    target = worlds.moved(generator)
     return ipl.adapt_generator(cfg, *world[1:], directions, target=target, **more)[1]
 
 
 def published_step(world, stage, mapper):
-    """The other way: its CLIP, its trained generator, its optimizer, and z's -> row of a step."""
+    """The other way: z's -> loss and layers of a step; what it trains, its CLIP, its optimizer."""
     cfg, generator, clip_model, transform = world
     clip_model = copy.deepcopy(clip_model).requires_grad_()
     frozen = cfg, generator, clip_model, transform
@@ -190,17 +94,17 @@ def published_step(world, stage, mapper):
     def step(*z):
         z = [x.to(generator.w_avg.device) for x in z]
         if stage == 1:
-            loss = published_order.mapper_step(*frozen, mapper, optimizer, *z)
-            return {"loss": loss}
+            return {"loss": published_order.mapper_step(*frozen, mapper, optimizer, *z)}
         networks = mapper, target, average, optimizer
         loss, layers = published_order.generator_step(*frozen, *networks, *z)
         return {"loss": loss, "layers": layers}
 
-    def grad_norm():
-        trained = (target or mapper).parameters()
-        return float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+    return step, target or mapper, clip_model, optimizer
 
-    return step, grad_norm, clip_model, target, optimizer
+
+def grad_norm(network):
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def check(row, expected, name):
@@ -226,7 +130,7 @@ def compare(world, stage, repeats, name):
     width = world.clip_model.token_embedding.embedding_dim
     rng = torch.Generator().manual_seed(SEED)
     mapper = ipl.LatentMapper(world.generator.w_dim, world.cfg.n_ctx, width, rng).to(device)
-    theirs, grad_norm, clip_of_theirs, their_target, their_optimizer = published_step(
+    theirs, trained, their_clip, their_optimizer = published_step(
         world, stage, copy.deepcopy(mapper)
     )
     draw_z, drawn = draws(world.generator.z_dim)
@@ -240,12 +144,12 @@ def compare(world, stage, repeats, name):
     def keep(_, bar, history, rng, *modules):
         result["once"] = clock(device) - start
         bar.set_description(name)
-        target = modules[0] if stage == 2 else None
         patches = {
             "ours": patches_of("ours", world.generator, target, world.clip_model),
-            "published": patches_of("published", world.generator, their_target, clip_of_theirs),
+            "published": patches_of("published", world.generator, target and trained, their_clip),
         }
-        optimizers = {"ours": modules[-1], "published": their_optimizer}
+        (optimizer,) = (x for x in modules if isinstance(x, torch.optim.Optimizer))
+        optimizers = {"ours": optimizer, "published": their_optimizer}
 
         @contextlib.contextmanager
         def measured(way, i):
@@ -267,15 +171,16 @@ def compare(world, stage, repeats, name):
             with measured("published", i):
                 row = theirs(*drawn)
             if i == 0:
-                check(history[-1], row | {"grad_norm": grad_norm()}, name)
+                check(history[-1], row | {"grad_norm": grad_norm(trained)}, name)
                 result["loss"] = {"ours": history[-1]["loss"], "published": row["loss"]}
                 result["layers"] = row.get("layers")
             bar.update()
         bar.close()
 
+    target = worlds.moved(world.generator) if stage == 2 else None
+    long = world._replace(cfg=replace(world.cfg, steps_mapper=total, steps=total))
     start = clock(device)
-    steps = {"steps_mapper": total, "steps": total}
-    run_ours(world._replace(cfg=replace(world.cfg, **steps)), stage, mapper, keep, draw_z)
+    run_ours(long, stage, mapper, keep, target, draw_z)
     medians = {way: statistics.median(times[way]) for way in WAYS}
     peaks = {way: memory[way].peak for way in WAYS}
     return result | {
@@ -337,53 +242,8 @@ def shares_of_peak(row, peak):
     return {"unavoidable": (flops - choice) / seconds / peak, "with choice": flops / seconds / peak}
 
 
-def peaks(device):
-    """FLOPs per second of a large matrix product and of a large 3x3 convolution, float32."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device)
-    x = torch.randn(8 if device.type == "cuda" else 2, 512, 64, 64, device=device)
-    weight = torch.randn(512, 512, 3, 3, device=device)
-    works = {
-        "matmul": (lambda: a @ b, 2 * n**3),
-        "conv": (
-            lambda: torch.nn.functional.conv2d(x, weight, padding=1),
-            2 * x.numel() * weight[:, 0].numel(),
-        ),
-    }
-    found = {}
-    for name, (work, flops) in works.items():
-        times = []
-        for _ in range(4):
-            start = clock(device)
-            work()
-            times.append(clock(device) - start)
-        found[name] = flops / min(times[1:])
-    return found
-
-
 # ----------------------------------------------------------------------------------------------
 # Report
-
-
-def hardware(device):
-    """What the numbers were measured on."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(": ")[1] for x in lines if x.startswith("model name")), name)
-    found = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["tf32"] = torch.backends.cuda.matmul.allow_tf32
-    return found | {"torch": torch.__version__, "seed": SEED}
-
-
-def aligned(rows):
-    """A table in plain text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [x.rjust(n) for x, n in zip(row, widths, strict=True)]
-        yield "  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip()
 
 
 def label(row):
@@ -403,14 +263,14 @@ def report(rows):
             f"{row['memory_ratio']:.2f}", f"{sum(row['flops'].values()) / 1e9:.1f}",
             *(f"{x:.0%}" for x in row["of_peak"].values()), f"{row['once']:.2f}",
         ])  # fmt: skip
-    yield from aligned(table)
+    yield from measure.aligned(table)
     yield ""
     table = [["seconds of", *PARTS]]
     for row in rows:
         for way in WAYS:
             cells = [f"{row['parts'][way][part]:.3f}" for part in PARTS]
             table.append([f"{label(row)}, {way}", *cells])
-    yield from aligned([list(x) for x in zip(*table, strict=True)])
+    yield from measure.aligned([list(x) for x in zip(*table, strict=True)])
 
 
 def plot(rows, path):
@@ -473,12 +333,14 @@ def main(argv=None, build=worlds.build):
                 row["batches"] = batches_of(world.cfg, stage, published)
                 row |= compare(world, stage, options.repeats, label(row))
                 rows.append(row | {"flops": flops_of(world, stage, row["layers"])})
-        found = {"hardware": hardware(device), "peaks": peaks(device), "steps": rows}
+        found = {
+            "hardware": measure.hardware(device),
+            "peaks": measure.peaks(device),
+            "steps": rows,
+        }
         for row in rows:
             row["of_peak"] = shares_of_peak(row, max(found["peaks"].values()))
-        write_whole(
-            options.out / "step.json", lambda aside: aside.write_text(json.dumps(found, indent=1))
-        )
+        measure.write_json(options.out / "step.json", found)
         plot(rows, options.out / "step.png")
         print(", ".join(f"{name} {value}" for name, value in found["hardware"].items()))
         rates = (f"{name} {x / 1e9:.0f} GFLOP/s" for name, x in found["peaks"].items())

@@ -35,21 +35,27 @@ def vit_b_32(device):
     return model, lambda images: ipl.clip_transform(images, 224)
 
 
-def build(size, device):
-    """64: the miniature with its preset, larger: config-f, ViT-B/32 and the published values.
+def miniature_world(device):
+    """The miniature and its preset, without what the published code has not: autocast, crops.
 
-    In all of them: adaptive layers, and noise and eps with which a step can be repeated to the
-    digit. The preset's autocast and crops, which the published code has not, are off.
+    Layers are adaptive, and noise is fixed.
     """
-    if size == 64:
-        import miniature
+    import miniature
 
-        cfg = replace(ipl.MINIATURE, layers="adaptive", crop=0.0, autocast=False, freeze="")
-        return World(
-            cfg, load_generator(miniature.GENERATOR, device), *ipl.load_clip(miniature.CLIP, device)
-        )
+    cfg = replace(ipl.MINIATURE, layers="adaptive", crop=0.0, autocast=False, freeze="")
+    generator = load_generator(miniature.GENERATOR, device)
+    return World(cfg, generator, *ipl.load_clip(miniature.CLIP, device))
+
+
+def random_world(resolution, device):
+    """Config-f, ViT-B/32 and the published values, with noise that a second run repeats."""
     cfg = ipl.Config(noise="fixed", eps=0.1)
-    return World(cfg, config_f(size, device).requires_grad_(False), *vit_b_32(device))
+    return World(cfg, config_f(resolution, device).requires_grad_(False), *vit_b_32(device))
+
+
+def build(size, device):
+    """64: the miniature; larger: random networks of the published widths."""
+    return miniature_world(device) if size == 64 else random_world(size, device)
 
 
 def moved(generator):

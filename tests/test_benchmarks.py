@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ipl
-from benchmarks import published_order, step, worlds
+from benchmarks import growth, published_order, step, worlds
 from stylegan2_ops import load_generator
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -110,3 +110,25 @@ def test_bad_arguments_end_in_one_line(tmp_path, capsys, argv):
         step.main(f"{argv} --sizes 32 --out {tmp_path}".split(), build)
     assert exit_.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------------------------
+# Growth
+
+
+def test_growth_from_end_to_end(tmp_path, capsys):
+    argv = f"--resolutions 32 --batches 1 2 --processes 2 --repeats 1 --out {tmp_path}".split()
+    growth.main(argv, build)
+    found = json.loads((tmp_path / "growth.json").read_text())["growth"]
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+    points = {axis: list(rows["2"]["seconds"]) for axis, rows in found.items()}
+    assert points == {"resolution": ["32"], "batch": ["1", "2"], "processes": ["2"]}
+    assert all(x > 0 for rows in found.values() for x in rows["1"]["seconds"].values())
+    assert "Each process has one thread" in capsys.readouterr().out
+
+
+def test_a_series_ends_before_it_takes_too_long():
+    found, ended = growth.series([1, 2, 4, 8], 2, 60, lambda x: 3.0 * x**2)
+    assert found == {1: 3, 2: 12, 4: 48} and ended == "8 left out: a step would take about 192 s"
+    assert growth.exponent(found) == pytest.approx(2)
+    assert growth.exponent({1: 3.0}) is None
