@@ -6,13 +6,12 @@
 
 Networks as in benchmarks.step, random ones at every size. Resolutions are measured at batch 1, in
 the layer choice too; batches at the lowest resolution; processes there as well, each with one
-thread, sharing a batch of 8 by gloo, on a CPU only. A series ends where one step would take more
+thread, sharing a batch of 8 by gloo, on a CPU only. A series ends where one step could take more
 than `limit` seconds. Writes growth.json and growth.png.
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
 import tempfile
@@ -57,7 +56,7 @@ def seconds_of(world, stage, batch, repeats):
 def series(points, growth, limit, measure):
     """measure(point) -> seconds, over rising points -> {point: seconds}, and why it ended early.
 
-    growth: the power of a point with which the time should grow, to see what would be too long.
+    growth: the power of a point with which the time grows at most, to foresee what is too long.
     """
     found = {}
     for point in points:
@@ -65,7 +64,7 @@ def series(points, growth, limit, measure):
             last = max(found)
             expected = found[last] * (point / last) ** growth
             if expected > limit:
-                return found, f"{point} left out: a step would take about {expected:.0f} s"
+                return found, f"{point} left out: a step could take {expected:.0f} s"
         found[point] = measure(point)
     return found, None
 
@@ -159,7 +158,8 @@ def tables(found):
         points = sorted({x for row in stages.values() for x in row["seconds"]})
         table = [[name, *map(str, points), "exponent"]]
         for stage, row in stages.items():
-            cells = [f"{row['seconds'].get(x, math.nan):.3f} s" for x in points]
+            seconds = row["seconds"]
+            cells = [f"{seconds[x]:.3f} s" if x in seconds else "-" for x in points]
             slope = "" if row["exponent"] is None else f"{row['exponent']:.2f}"
             table.append([f"stage {stage}", *cells, slope])
         yield ""

@@ -19,6 +19,7 @@ import copy
 import math
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ipl
 from benchmarks import measure, published_order, worlds
 from benchmarks.measure import PARTS, SEED, Memory, Parts, clock
-from cli.process import pick_device, plain_words
+from cli.process import memory_advice, pick_device, plain_words
 from stylegan2_ops.checkpoints import write_whole
 
 WAYS = ("ours", "published")
@@ -322,7 +323,8 @@ def main(argv=None, build=worlds.build):
         for name, value in {"repeats": options.repeats, **given}.items():
             if value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted: at least 1")
-        rows = []
+        rows, peaks = [], measure.peaks(device)
+        found = {"hardware": measure.hardware(device), "peaks": peaks, "steps": rows}
         for size in options.sizes:
             world = build(size, device)
             small = SMALL if size >= 1024 and device.type == "cpu" else {}
@@ -331,17 +333,13 @@ def main(argv=None, build=worlds.build):
             for stage in options.stages:
                 row = {"size": size, "stage": stage}
                 row["batches"] = batches_of(world.cfg, stage, published)
-                row |= compare(world, stage, options.repeats, label(row))
-                rows.append(row | {"flops": flops_of(world, stage, row["layers"])})
-        found = {
-            "hardware": measure.hardware(device),
-            "peaks": measure.peaks(device),
-            "steps": rows,
-        }
-        for row in rows:
-            row["of_peak"] = shares_of_peak(row, max(found["peaks"].values()))
-        measure.write_json(options.out / "step.json", found)
-        plot(rows, options.out / "step.png")
+                with memory_advice(partial(str, f"in {label(row)}; wanted: smaller batches")):
+                    row |= compare(world, stage, options.repeats, label(row))
+                row["flops"] = flops_of(world, stage, row["layers"])
+                row["of_peak"] = shares_of_peak(row, max(peaks.values()))
+                rows.append(row)
+                measure.write_json(options.out / "step.json", found)  # what there is, so far
+                plot(rows, options.out / "step.png")
         print(", ".join(f"{name} {value}" for name, value in found["hardware"].items()))
         rates = (f"{name} {x / 1e9:.0f} GFLOP/s" for name, x in found["peaks"].items())
         print(f"{', '.join(rates)}; medians of {options.repeats} steps\n")
