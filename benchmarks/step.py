@@ -56,7 +56,7 @@ def patches_of(way, source, target, clip_model):
     functions = [
         (thing, name, "layer choice" if "layers" in name else "texts") for thing, name in texts[way]
     ]
-    functions += [(ipl, "clip_transform", side), (clip_model, "encode_image", side)]
+    functions += [(ipl, "clip_transform", side), (clip_model.visual, "forward", side)]
     functions += [(source, "synthesis", "frozen generator"), (torch.Tensor, "backward", "backward")]
     return functions + [(target, "synthesis", "trainable generator")] * (target is not None)
 

@@ -36,13 +36,14 @@ def vit_b_32(device):
 
 
 def miniature_world(device):
-    """The miniature and its preset, without what the published code has not: autocast, crops.
+    """The miniature and its preset, without what the published code has not: autocast, crops, frozen noise.
 
     Layers are adaptive, and noise is fixed.
     """
     import miniature
 
-    cfg = replace(ipl.MINIATURE, layers="adaptive", crop=0.0, autocast=False, freeze="")
+    off = {name: getattr(ipl.Config(), name) for name in ("autocast", "crop", "freeze")}
+    cfg = replace(ipl.MINIATURE, layers="adaptive", **off)
     generator = load_generator(miniature.GENERATOR, device)
     return World(cfg, generator, *ipl.load_clip(miniature.CLIP, device))
 

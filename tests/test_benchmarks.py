@@ -88,6 +88,7 @@ def test_a_benchmark_from_end_to_end(tmp_path, capsys):
         for way in step.WAYS:
             parts = row["parts"][way]
             assert min(parts.values()) >= 0 and parts["texts"] > 0 and parts["backward"] > 0
+            assert parts["frozen generator"] > 0 and parts["CLIP of source"] > 0
             assert (parts["layer choice"] > 0) == (row["stage"] == 2)
             assert sum(parts.values()) == pytest.approx(row["seconds"][way], rel=5)
 
