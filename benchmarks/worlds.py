@@ -36,9 +36,9 @@ def vit_b_32(device):
 
 
 def miniature_world(device):
-    """The miniature and its preset, without what the published code has not: autocast, crops, frozen noise.
+    """The miniature and its preset, with adaptive layers.
 
-    Layers are adaptive, and noise is fixed.
+    Without what the published code has not: autocast, crops, frozen noise strengths.
     """
     import miniature
 
