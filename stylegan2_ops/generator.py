@@ -265,6 +265,8 @@ class Generator(nn.Module):
             noises = [torch.randn(s, generator=rng, device=rng.device).to(w) for s in shapes]
 
         x = self.input.input.expand(len(w), -1, -1, -1)
+        if x.device.type == "cpu":  # the order in which its convolutions are fastest
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv1(x, ws[0], noises[0])
         image = self.to_rgb1(x, ws[1]) if self.architecture == "skip" else None
         blocks = len(self.convs) // 2
