@@ -6,6 +6,7 @@ by reading and running the published code (in brackets, where it does that):
 both stages  CLIP's weights take part in every graph and collect gradients [CLIPLoss.__init__]
              texts are padded to 77 tokens, prompts are encoded one by one [text_encoder]
              nothing is kept from one step to the next: fixed texts are encoded again
+             each image is convolved with weights of its own, in a group [ModulatedConv2d]
 stage 1      79 templates of each label, and two fixed texts [global_clip_loss]
              the latents are mapped twice [train]
              the graph of CLIP's image features is built, then cut [global_clip_loss]
@@ -20,9 +21,13 @@ mathematics is another one, this is ours: the layer that is chosen is the one th
 images are resized with antialias, all is float32 (deviations 2, 4, 5 of ipl.py).
 """
 
+from unittest import mock
+
 import torch
+import torch.nn.functional as F
 
 import ipl
+from stylegan2_ops import generator, upfirdn2d
 
 
 def adam(cfg, stage, network):
@@ -32,6 +37,35 @@ def adam(cfg, stage, network):
     else:
         rate = {"lr": cfg.lr * 4 / 5, "betas": (0.0, 0.99 ** (4 / 5))}
     return torch.optim.Adam(network.parameters(), **rate, foreach=False, fused=False)
+
+
+def modulated_conv2d(
+    x, weight, styles, noise=None, up=1, padding=0,
+    resample_filter=None, demodulate=True, flip_weight=True,
+):  # fmt: skip
+    """As stylegan2_ops.modulated_conv, with weights made for each image. Kernels are square."""
+    B, kw = len(x), weight.shape[3]
+    weight = weight * styles[:, None, :, None, None]  # [B, out, in, kh, kw]
+    if demodulate:
+        weight = weight * (weight.square().sum([2, 3, 4], keepdim=True) + 1e-8).rsqrt()
+    if flip_weight != (up == 1):
+        weight = weight.flip(3, 4)
+    x = x.reshape(1, -1, *x.shape[2:])
+    if up == 1:
+        x = F.conv2d(x, weight.flatten(0, 1), padding=padding, groups=B)
+    else:
+        x = F.conv_transpose2d(x, weight.transpose(1, 2).flatten(0, 1), stride=up, groups=B)
+        fw = resample_filter.shape[1]
+        before, after = (fw + up - 1) // 2 - (kw - 1), (fw - up) // 2 - (kw - up)
+        pads = [padding + before, padding + after] * 2
+        x = upfirdn2d(x, resample_filter, padding=pads, gain=up**2)
+    x = x.reshape(B, -1, *x.shape[2:])
+    return x if noise is None else x + noise
+
+
+def published_convolutions():
+    """Inside, generators convolve each image with weights of its own."""
+    return mock.patch.object(generator, "modulated_conv2d", modulated_conv2d)
 
 
 def encode_texts(clip_model, texts):
@@ -68,6 +102,7 @@ def label_feature(clip_model, label):
     return (features / features.norm(dim=-1, keepdim=True)).mean(dim=0)
 
 
+@published_convolutions()
 def mapper_step(cfg, generator, clip_model, transform, mapper, optimizer, z):
     """A step of stage 1 from z [B, z_dim] -> its loss."""
     ctx = mapper(generator.mapping(z))
@@ -106,6 +141,7 @@ def choose_layers(cfg, target, clip_model, transform, w):
     return change.abs().mean(dim=-1).mean(dim=0).topk(k).indices.tolist()
 
 
+@published_convolutions()
 def generator_step(
     cfg, source, clip_model, transform, mapper, target, average, optimizer, z, layer_z
 ):
