@@ -14,7 +14,7 @@ A generator of one domain ("photo") learns another ("anime") from the two words 
 Axes: B batch, m = n_ctx prompt vectors, d CLIP's text width, e CLIP's joint width, L tokens,
 R resolution, W = num_ws, the number of w inputs of the synthesis network.
 
-  equation                                             function            notebook (to come)
+  equation                                             function            notebook
   P = F(w)                                             LatentMapper        01_mapper
   t = E_T([SOS] P label [EOT])                         encode_prompts      02_prompts
   L_contr = 1/2 [CE(s I T', diag) + CE(s T I', diag)]  contrastive_loss    03_losses
@@ -561,17 +561,11 @@ def log_step(bar, history, stage, step, loss, parameters, **more):
     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
 
 
-def stage_bar(stage, steps):
-    """A bar where there is a terminal, of one process."""
-    return trange(steps, desc=f"stage {stage}", disable=ranks()[0] > 0 or None)
-
-
 @torch.no_grad()
 def retrieval_accuracy(image_features, text_features):
     """The share of images [B, e] whose own text [B, e] is the nearest; by chance, 1 / B."""
     similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
-    own_place = torch.arange(len(similarity), device=similarity.device)
-    return (similarity.argmax(dim=1) == own_place).float().mean()
+    return (similarity.diagonal() == similarity.amax(dim=1)).float().mean()
 
 
 def train_mapper(
@@ -584,8 +578,9 @@ def train_mapper(
 
     clip_model and generator are frozen. rng: a torch.Generator on the CPU, the only source of
     randomness. mapper: where to start, else a new one. draw_z: n -> z [n, z_dim], else normal.
-    keep: (stage, bar, history, rng, *modules) -> the steps that are left of a run that was stopped,
-    as cli.run_folder.Keeper. Raises FloatingPointError when loss or gradient stop being finite.
+    keep: (stage, bar, history, rng, *modules) -> the steps to do, one by one, to look at what is
+    trained between them, or to go on where a run was stopped: cli.run_folder.Keeper. Raises
+    FloatingPointError when loss or gradient stop being finite.
     """
     if mapper is None:
         ctx_dim = clip_model.token_embedding.embedding_dim
@@ -598,7 +593,7 @@ def train_mapper(
     features_of = prompt_features(cfg, clip_model, mapper, stage=1)
 
     optimizer = torch.optim.Adam(mapper.parameters(), lr=cfg.lr_mapper, fused=True)
-    history, bar = [], stage_bar(1, cfg.steps_mapper)
+    history, bar = [], trange(cfg.steps_mapper, desc="stage 1", disable=ranks()[0] > 0 or None)
     for step in keep(1, bar, history, rng, mapper, optimizer) if keep else bar:
         w = draw_w(cfg.batch_mapper)
         with torch.no_grad():
@@ -690,7 +685,7 @@ def adapt_generator(
     # 4/5: StyleGAN2's correction for regularising in every fourth step only, kept by NADA and IPL
     betas = 0.0, 0.99 ** (4 / 5)
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr * 4 / 5, betas=betas, fused=True)
-    history, bar = [], stage_bar(2, cfg.steps)
+    history, bar = [], trange(cfg.steps, desc="stage 2", disable=ranks()[0] > 0 or None)
     for step in keep(2, bar, history, rng, target, average, optimizer) if keep else bar:
         w, noise = draw_w(cfg.batch), noise_of(step)
         target.requires_grad_(False)

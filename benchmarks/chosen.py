@@ -1,6 +1,7 @@
 """Speed and quality of what trades one for the other: Config's fields that change the numbers.
 
     python -m benchmarks.chosen [--seeds 101 102 103 104 105] [--target anime] [--variants ...]
+    python -m benchmarks.chosen --size 256       speed alone: random networks, published batches
 
 Stage 2 on the miniature, with the adaptive layer choice and in float32, against the same with one
 field changed at a time, and with the recommended ones together. All variants of a seed share one
@@ -21,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import ipl
+from benchmarks import worlds
 from cli.process import pick_device, plain_words
 from cli.run_folder import make_folder
 from miniature import CLIP, GENERATOR
@@ -43,7 +45,7 @@ VARIANTS = {
     "recommended": RECOMMENDED,
 }
 FIGURES = ("target", "attributes", "frechet")
-WARM_UP = 5  # steps
+WARM_UP = 5  # steps, of which the first chooses layers
 
 
 def adapt(cfg, generator, pair, directions, seed):
@@ -60,6 +62,17 @@ def adapt(cfg, generator, pair, directions, seed):
     rng = torch.Generator().manual_seed(seed)
     adapted, _ = ipl.adapt_generator(cfg, generator, *pair, directions, rng=rng, keep=keep)
     return adapted, (times[-1] - times[WARM_UP]) / (cfg.steps - WARM_UP)
+
+
+def speeds(options):
+    """{variant: [seconds of a step]} at another size, of networks with random weights."""
+    exact, generator, *pair = worlds.build(options.size, pick_device(options.device))
+    exact = replace(exact, steps=WARM_UP + 2 * RECOMMENDED["layer_every"])
+    directions = ipl.label_direction(exact, pair[0])
+    return {
+        name: [{"seconds": adapt(replace(exact, **VARIANTS[name]), generator, pair, directions, 0)[1]}]
+        for name in tqdm(options.variants, disable=None)
+    }
 
 
 def measure(options):
@@ -84,6 +97,12 @@ def measure(options):
 
 
 def table(rows):
+    if FIGURES[0] not in rows["exact"][0]:
+        exact = rows["exact"][0]["seconds"]
+        return "\n".join(
+            f"{name}: {found['seconds']:.2f} s a step, {exact / found['seconds']:.2f}x"
+            for name, (found,) in rows.items()
+        )
     lines = ["| variant | speed | domain | − exact | attributes | − exact | Fréchet | − exact |"]
     lines.append("| --- |" + " --- |" * 7)
     for name, found in rows.items():
@@ -107,13 +126,14 @@ def main():
     parser.add_argument("--target", default="anime")
     parser.add_argument("--steps", type=int, default=EXACT.steps)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--size", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/chosen"))
     options = parser.parse_args()
     with plain_words("benchmarks.chosen"):
         options.variants = list(dict.fromkeys(["exact", *options.variants]))
         make_folder(options.out)
-        rows = measure(options)
+        rows = speeds(options) if options.size else measure(options)
         hardware = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         result = {"seeds": options.seeds, "target": options.target, "rows": rows, "on": hardware}
         text = json.dumps(result, indent=2) + "\n"
