@@ -69,10 +69,12 @@ def speeds(options):
     exact, generator, *pair = worlds.build(options.size, pick_device(options.device))
     exact = replace(exact, steps=WARM_UP + 2 * RECOMMENDED["layer_every"])
     directions = ipl.label_direction(exact, pair[0])
-    return {
-        name: [{"seconds": adapt(replace(exact, **VARIANTS[name]), generator, pair, directions, 0)[1]}]
-        for name in tqdm(options.variants, disable=None)
-    }
+    rows = {}
+    for name in tqdm(options.variants, disable=None):
+        cfg = replace(exact, **VARIANTS[name])
+        _, seconds = adapt(cfg, generator, pair, directions, seed=0)
+        rows[name] = [{"seconds": seconds}]
+    return rows
 
 
 def measure(options):

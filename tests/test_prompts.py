@@ -82,6 +82,16 @@ def test_batch_equals_one_by_one(clip_model):
         close(ipl.encode_prompts(clip_model, ctx[i : i + 1], "anime")[0], together[i])
 
 
+@pytest.mark.parametrize("labels", [("photo", "anime"), ("photo", "an old painting"), ("b c", "x")])
+def test_both_prompts_in_one_pass_are_those_of_two(clip_model, labels):
+    """Whichever of the two is longer."""
+    cfg = ipl.Config(source=labels[0], target=labels[1], residual="none")
+    ctx = GOLDEN["stage1"]["prompts"]
+    features_of = ipl.prompt_features(cfg, clip_model, lambda w: ctx, stage=1)
+    for found, label in zip(features_of(torch.zeros(len(ctx), 1)), labels, strict=True):
+        close(found, ipl.encode_prompts(clip_model, ctx, label))
+
+
 def test_the_prompt_has_a_gradient_and_clip_has_none(clip_model):
     ctx = GOLDEN["stage1"]["prompts"].clone().requires_grad_()
     ipl.encode_prompts(clip_model, ctx, "anime").sum().backward()

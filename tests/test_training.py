@@ -291,6 +291,34 @@ def test_default_number_of_layers_is_the_published_formula(source, clip_pair):
     assert len(history[0]["layers"]) == int(2 * (2 * 5 - 2) / 3)  # R = 32
 
 
+def test_layer_choice_every_n_steps(source, clip_pair, monkeypatch):
+    chosen, select_layers = [], ipl.select_layers
+
+    def counted(*args, **more):
+        chosen.append(select_layers(*args, **more))
+        return chosen[-1]
+
+    monkeypatch.setattr(ipl, "select_layers", counted)
+    cfg = replace(QUICK, steps=5, layer_every=2, noise="fresh")
+    directions = ipl.label_direction(cfg, clip_pair[0])
+    _, history = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=rng())
+    assert len(chosen) == 3  # at steps 0, 2, 4
+    assert [row["layers"] for row in history] == [sorted(chosen[i // 2][0]) for i in range(5)]
+
+
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@pytest.mark.parametrize("autocast", ["clip", "all"])
+def test_half_precision_is_close(source, clip_pair, autocast, half):
+    cfg = replace(QUICK, steps=1, steps_mapper=1, eps=0.1, noise="fresh", layers="all")
+    _, _, exact = run(cfg, source, clip_pair)
+    _, adapted, history = run(replace(cfg, autocast=autocast, half=half), source, clip_pair)
+    for row, expected in zip(history, exact, strict=True):
+        assert row["loss"] != expected["loss"]
+        assert row["loss"] == pytest.approx(expected["loss"], rel=0.05)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.2)
+    assert {p.dtype for p in adapted.parameters()} == {torch.float32}
+
+
 def test_freeze(source, clip_pair):
     cfg = replace(QUICK, layers="all", freeze="noise")
     directions = ipl.label_direction(cfg, clip_pair[0])
