@@ -45,7 +45,6 @@ VARIANTS = {
     "recommended": RECOMMENDED,
 }
 FIGURES = ("target", "attributes", "frechet")
-WARM_UP = 5  # steps, of which the first chooses layers
 
 
 def adapt(cfg, generator, pair, directions, seed):
@@ -61,13 +60,13 @@ def adapt(cfg, generator, pair, directions, seed):
 
     rng = torch.Generator().manual_seed(seed)
     adapted, _ = ipl.adapt_generator(cfg, generator, *pair, directions, rng=rng, keep=keep)
-    return adapted, (times[-1] - times[WARM_UP]) / (cfg.steps - WARM_UP)
+    return adapted, (times[-1] - times[1]) / (cfg.steps - 1)  # the first step warms up
 
 
 def speeds(options):
     """{variant: [seconds of a step]} at another size, of networks with random weights."""
     exact, generator, *pair = worlds.build(options.size, pick_device(options.device))
-    exact = replace(exact, steps=WARM_UP + 2 * RECOMMENDED["layer_every"])
+    exact = replace(exact, steps=1 + 2 * RECOMMENDED["layer_every"])
     directions = ipl.label_direction(exact, pair[0])
     rows = {}
     for name in tqdm(options.variants, disable=None):
