@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth [--resolutions 64 128 256 512 1024] [--batches 1 2 4 8 16]
                                 [--processes 1 2] [--device cpu] [--repeats 3] [--limit 60]
-                                [--out growth]
+                                [--out runs/growth]
 
 Networks as in benchmarks.step, random ones at every size. Resolutions are measured at batch 1, in
 the layer choice too; batches at the lowest resolution; processes there as well, each with one
@@ -179,7 +179,7 @@ def main(argv=None, build=worlds.random_world):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=60)
-    parser.add_argument("--out", type=Path, default=Path("growth"))
+    parser.add_argument("--out", type=Path, default=Path("runs/growth"))
     options = parser.parse_args(argv)
     with plain_words("benchmarks.growth"):
         device = pick_device(options.device)

@@ -1,7 +1,7 @@
 """Time and memory of a step: ours, and the same mathematics in the published order of work.
 
     python -m benchmarks.step [--sizes 64 256 1024] [--stages 1 2] [--device cpu] [--repeats 7]
-                              [--out benchmark] [--batch-mapper 4] [--batch 2] [--layer-batch 8]
+                              [--out runs/step] [--batch-mapper 4] [--batch 2] [--layer-batch 8]
 
 In one process the two take turns step by step, on the same latents; the times are medians. Ours is
 ipl.train_mapper and ipl.adapt_generator as they are, the other benchmarks/published_order.py. First
@@ -310,7 +310,7 @@ def main(argv=None, build=worlds.build):
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=(1, 2))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("benchmark"))
+    parser.add_argument("--out", type=Path, default=Path("runs/step"))
     for name in SMALL:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     options = parser.parse_args(argv)
