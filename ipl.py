@@ -493,8 +493,7 @@ def ranks():
 
 def own(x):
     """This process's rows of a batch that all have drawn alike."""
-    rank, processes = ranks()
-    return x.unflatten(0, (processes, -1))[rank]
+    return x.unflatten(0, (ranks()[1], -1))[ranks()[0]]
 
 
 def gather(x):
@@ -565,7 +564,8 @@ def log_step(bar, history, stage, step, loss, parameters, **more):
 def retrieval_accuracy(image_features, text_features):
     """The share of images [B, e] whose own text [B, e] is the nearest; by chance, 1 / B."""
     similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
-    return (similarity.diagonal() == similarity.amax(dim=1)).float().mean()
+    places = torch.arange(len(similarity), device=similarity.device)
+    return (similarity.argmax(dim=1) == places).float().mean()
 
 
 def train_mapper(
@@ -816,7 +816,7 @@ def adapt(cfg):
             clips[i] = *pair, directions
         first, *more = clips
         adapted, rows = adapt_generator(cfg, generator, *first, rng=rng, more=more, keep=keep)
-        if process.rank() == 0:
+        if ranks()[0] == 0:
             loss, psi = summed(cfg, partial(directional_loss, eps=cfg.eps)), cfg.truncation_psi
             floor = miniature.floor_of_truth(cfg, generator, clips, loss)
             grid = sample_grid(generator, adapted, n=cfg.samples, seed=cfg.seed, truncation_psi=psi)

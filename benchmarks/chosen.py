@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import ipl
 from benchmarks import worlds
-from cli.process import pick_device, plain_words
+from cli.process import choose_kernels, pick_device, plain_words
 from cli.run_folder import make_folder
 from miniature import CLIP, GENERATOR
 from miniature.evaluate import Truth, interval
@@ -49,7 +49,7 @@ FIGURES = ("target", "attributes", "frechet")
 
 def adapt(cfg, generator, pair, directions, seed):
     """Stage 2 -> the adapted generator, and the seconds of a step."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+    choose_kernels(cfg.deterministic, cfg.tf32)
     times = []
 
     def keep(stage, bar, history, rng, *modules):

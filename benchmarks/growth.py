@@ -27,6 +27,7 @@ from benchmarks import worlds
 from benchmarks.measure import SEED, aligned, clock, hardware, write_json
 from benchmarks.step import run_ours
 from cli.process import pick_device, plain_words
+from cli.run_folder import make_folder
 from stylegan2_ops.checkpoints import write_whole
 
 SHARED = 8  # batch of all processes
@@ -186,7 +187,7 @@ def main(argv=None, build=worlds.random_world):
         numbers = options.resolutions + options.batches + options.processes + [options.repeats]
         if min(numbers) < 1:
             raise ValueError(f"{min(numbers)} is no size and no number; wanted: at least 1")
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
         found = measure(options, device, build)
         report = {"hardware": hardware(device), "repeats": options.repeats, "growth": found}
         write_json(options.out / "growth.json", report)

@@ -30,6 +30,7 @@ import ipl
 from benchmarks import measure, published_order, worlds
 from benchmarks.measure import PARTS, SEED, Memory, Parts, clock
 from cli.process import memory_advice, pick_device, plain_words
+from cli.run_folder import make_folder
 from stylegan2_ops.checkpoints import write_whole
 
 WAYS = ("ours", "published")
@@ -316,7 +317,7 @@ def main(argv=None, build=worlds.build):
     options = parser.parse_args(argv)
     with plain_words("benchmarks.step"):
         device = pick_device(options.device)
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
         given = {
             name: getattr(options, name) for name in SMALL if getattr(options, name) is not None
         }

@@ -353,6 +353,7 @@ def test_accuracy_of_prompts():
     images, texts = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]] * 7
     assert ipl.retrieval_accuracy(images, texts) == 0.5
     assert ipl.retrieval_accuracy(images, images) == 1
+    assert ipl.retrieval_accuracy(images.abs() + 1, texts[:1].expand(4, -1)) == 0.25  # all the same
 
 
 # ----------------------------------------------------------------------------------------------
