@@ -214,8 +214,7 @@ def load_clip(name_or_path, device="cpu"):
             "under OpenAI's key names or, when online, the name of one of OpenAI's models"
         ) from error
     clip_model = clip_model.float().requires_grad_(False).eval().to(device)
-    resolution = clip_model.visual.input_resolution
-    return clip_model, lambda images: clip_transform(images, resolution)
+    return clip_model, partial(clip_transform, resolution=clip_model.visual.input_resolution)
 
 
 def clip_transform(images, resolution):
@@ -298,29 +297,26 @@ class LatentMapper(nn.Module):
 
 # The templates of OpenAI's CLIP notebook (MIT), 79 as published: without "a photo of many {}."
 TEMPLATES = """
-    a bad photo of a {}. | a sculpture of a {}. | a photo of the hard to see {}. |
-    a low resolution photo of the {}. | a rendering of a {}. | graffiti of a {}. |
-    a bad photo of the {}. | a cropped photo of the {}. | a tattoo of a {}. | the embroidered {}. |
-    a photo of a hard to see {}. | a bright photo of a {}. | a photo of a clean {}. |
-    a photo of a dirty {}. | a dark photo of the {}. | a drawing of a {}. | a photo of my {}. |
-    the plastic {}. | a photo of the cool {}. | a close-up photo of a {}. |
-    a black and white photo of the {}. | a painting of the {}. | a painting of a {}. |
-    a pixelated photo of the {}. | a sculpture of the {}. | a bright photo of the {}. |
-    a cropped photo of a {}. | a plastic {}. | a photo of the dirty {}. |
-    a jpeg corrupted photo of a {}. | a blurry photo of the {}. | a photo of the {}. |
-    a good photo of the {}. | a rendering of the {}. | a {} in a video game. | a photo of one {}. |
-    a doodle of a {}. | a close-up photo of the {}. | a photo of a {}. | the origami {}. |
-    the {} in a video game. | a sketch of a {}. | a doodle of the {}. | a origami {}. |
-    a low resolution photo of a {}. | the toy {}. | a rendition of the {}. |
-    a photo of the clean {}. | a photo of a large {}. | a rendition of a {}. |
-    a photo of a nice {}. | a photo of a weird {}. | a blurry photo of a {}. | a cartoon {}. |
-    art of a {}. | a sketch of the {}. | a embroidered {}. | a pixelated photo of a {}. |
-    itap of the {}. | a jpeg corrupted photo of the {}. | a good photo of a {}. | a plushie {}. |
-    a photo of the nice {}. | a photo of the small {}. | a photo of the weird {}. |
-    the cartoon {}. | art of the {}. | a drawing of the {}. | a photo of the large {}. |
-    a black and white photo of a {}. | the plushie {}. | a dark photo of a {}. | itap of a {}. |
-    graffiti of the {}. | a toy {}. | itap of my {}. | a photo of a cool {}. |
-    a photo of a small {}. | a tattoo of the {}.
+    a bad photo of a {}. | a sculpture of a {}. | a photo of the hard to see {}. | a low resolution
+    photo of the {}. | a rendering of a {}. | graffiti of a {}. | a bad photo of the {}. | a cropped
+    photo of the {}. | a tattoo of a {}. | the embroidered {}. | a photo of a hard to see {}. | a
+    bright photo of a {}. | a photo of a clean {}. | a photo of a dirty {}. | a dark photo of the
+    {}. | a drawing of a {}. | a photo of my {}. | the plastic {}. | a photo of the cool {}. | a
+    close-up photo of a {}. | a black and white photo of the {}. | a painting of the {}. | a
+    painting of a {}. | a pixelated photo of the {}. | a sculpture of the {}. | a bright photo of
+    the {}. | a cropped photo of a {}. | a plastic {}. | a photo of the dirty {}. | a jpeg corrupted
+    photo of a {}. | a blurry photo of the {}. | a photo of the {}. | a good photo of the {}. | a
+    rendering of the {}. | a {} in a video game. | a photo of one {}. | a doodle of a {}. | a close-
+    up photo of the {}. | a photo of a {}. | the origami {}. | the {} in a video game. | a sketch of
+    a {}. | a doodle of the {}. | a origami {}. | a low resolution photo of a {}. | the toy {}. | a
+    rendition of the {}. | a photo of the clean {}. | a photo of a large {}. | a rendition of a {}.
+    | a photo of a nice {}. | a photo of a weird {}. | a blurry photo of a {}. | a cartoon {}. | art
+    of a {}. | a sketch of the {}. | a embroidered {}. | a pixelated photo of a {}. | itap of the
+    {}. | a jpeg corrupted photo of the {}. | a good photo of a {}. | a plushie {}. | a photo of the
+    nice {}. | a photo of the small {}. | a photo of the weird {}. | the cartoon {}. | art of the
+    {}. | a drawing of the {}. | a photo of the large {}. | a black and white photo of a {}. | the
+    plushie {}. | a dark photo of a {}. | itap of a {}. | graffiti of the {}. | a toy {}. | itap of
+    my {}. | a photo of a cool {}. | a photo of a small {}. | a tattoo of the {}.
 """
 TEMPLATES = tuple(" ".join(TEMPLATES.split()).split(" | "))
 
@@ -466,18 +462,22 @@ def summed(cfg, loss):
 
 
 def select_layers(
-    generator, encode_images, w, text_feature, k, *, lr=0.01, rng=None, loss=domain_loss
+    generator, encode_images, w, text_feature, k, *, lr=0.01, rng=None, loss=domain_loss, at_once=8
 ):
     """The k of W inputs that matter most for a text: their indices, and the weights [W] of all.
 
     Take one step of SGD on the W+ codes of some images towards the text: the inputs that move
     furthest are those whose layers can bring it. That step is -lr * gradient, and only W+ needs
-    a gradient, no weight of the generator. loss: of what encode_images returns and text_feature.
+    a gradient, no weight of the generator. Each code's is its own image's, so that `at_once` of
+    the B images need to be in memory. loss: of what encode_images returns and text_feature.
     """
-    w_plus = w[:, None].repeat(1, generator.num_ws, 1).requires_grad_()  # [B, W, w_dim]
-    features = encode_images(generator.synthesis(w_plus, rng=rng))
-    (grad,) = torch.autograd.grad(loss(features, text_feature), w_plus)
-    weights = (lr * grad).abs().mean(dim=(0, 2))  # [W]
+    weights = 0
+    for codes in w.split(at_once):
+        share = len(codes) / len(w)  # of the loss, a mean over the images, and of the weights
+        w_plus = codes[:, None].repeat(1, generator.num_ws, 1).requires_grad_()  # [., W, w_dim]
+        features = encode_images(generator.synthesis(w_plus, rng=rng))
+        (grad,) = torch.autograd.grad(share * loss(features, text_feature), w_plus)
+        weights = weights + share * (lr * grad).abs().mean(dim=(0, 2))  # [W]
     sum_over_processes([weights])  # ranks differ in nothing else, and agree
     return weights.topk(k).indices.tolist(), weights
 
@@ -588,8 +588,7 @@ def train_mapper(
     draw_w, noise_of = random_inputs(cfg, generator, rng, draw_z)
     E_I = image_encoder(clip_model, transform, cfg)
     logit_scale = clip_model.logit_scale.exp()
-    label_source = label_features(clip_model, cfg.source)
-    label_target = label_features(clip_model, cfg.target)
+    label_source, label_target = (label_features(clip_model, x) for x in (cfg.source, cfg.target))
     features_of = prompt_features(cfg, clip_model, mapper, stage=1)
 
     optimizer = torch.optim.Adam(mapper.parameters(), lr=cfg.lr_mapper, fused=True)
@@ -694,8 +693,9 @@ def adapt_generator(
             codes = draw_w(cfg.layer_batch)
             with half_precision(cfg, w, "all"):
                 chosen, _ = select_layers(
-                    target, E_I, codes, texts, k, lr=cfg.layer_lr, rng=noise, loss=text_loss
-                )
+                    target, E_I, codes, texts, k, lr=cfg.layer_lr, rng=noise, loss=text_loss,
+                    at_once=len(w),  # as many as are trained: the choice needs no more memory
+                )  # fmt: skip
         for j in chosen:
             for p in trainable[j]:
                 p.requires_grad_()

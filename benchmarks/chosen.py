@@ -1,7 +1,8 @@
 """Speed and quality of what trades one for the other: Config's fields that change the numbers.
 
     python -m benchmarks.chosen [--seeds 101 102 103 104 105] [--target anime] [--variants ...]
-    python -m benchmarks.chosen --size 256       speed alone: random networks, published batches
+    python -m benchmarks.chosen --size 256       speed alone: random networks, published batches,
+                                                 and the published order of work beside ours
 
 Stage 2 on the miniature, with the adaptive layer choice and in float32, against the same with one
 field changed at a time, and with the recommended ones together. All variants of a seed share one
@@ -23,7 +24,9 @@ from tqdm import tqdm
 
 import ipl
 from benchmarks import worlds
-from cli.process import choose_kernels, pick_device, plain_words
+from benchmarks.measure import SEED, clock
+from benchmarks.step import published_step
+from cli.process import choose_kernels, keep_memory, pick_device, plain_words
 from cli.run_folder import make_folder
 from miniature import CLIP, GENERATOR
 from miniature.evaluate import Truth, interval
@@ -44,6 +47,7 @@ VARIANTS = {
     "tf32": {"tf32": True},
     "recommended": RECOMMENDED,
 }
+PUBLISHED = "published order of work"
 FIGURES = ("target", "attributes", "frechet")
 
 
@@ -65,15 +69,33 @@ def adapt(cfg, generator, pair, directions, seed):
 
 def speeds(options):
     """{variant: [seconds of a step]} at another size, of networks with random weights."""
-    exact, generator, *pair = worlds.build(options.size, pick_device(options.device))
-    exact = replace(exact, steps=1 + 2 * RECOMMENDED["layer_every"])
-    directions = ipl.label_direction(exact, pair[0])
-    rows = {}
+    world = worlds.build(options.size, pick_device(options.device))
+    exact, generator, *pair = world
+    steps = 1 + 2 * RECOMMENDED["layer_every"]
+    rng = torch.Generator().manual_seed(SEED)
+    width = pair[0].token_embedding.embedding_dim
+    mapper = ipl.LatentMapper(generator.w_dim, exact.n_ctx, width, rng).to(generator.w_avg.device)
+    rows = {PUBLISHED: [{"seconds": published(world, mapper)}]}
     for name in tqdm(options.variants, disable=None):
-        cfg = replace(exact, **VARIANTS[name])
-        _, seconds = adapt(cfg, generator, pair, directions, seed=0)
+        cfg = replace(exact, steps=steps, **VARIANTS[name])
+        directions = ipl.prompt_directions(cfg, pair[0], mapper)
+        _, seconds = adapt(cfg, generator, pair, directions, SEED)
         rows[name] = [{"seconds": seconds}]
     return rows
+
+
+def published(world, mapper, steps=3):
+    """Seconds of a step in the published order, whose process gives freed memory back."""
+    keep_memory(False)
+    step, *_ = published_step(world, 2, mapper)
+    device, z_dim = world.generator.w_avg.device, world.generator.z_dim
+    times = []
+    for _ in range(1 + steps):
+        start = clock(device)
+        step(torch.randn(world.cfg.batch, z_dim), torch.randn(world.cfg.layer_batch, z_dim))
+        times.append(clock(device) - start)
+    keep_memory()
+    return statistics.median(times[1:])
 
 
 def measure(options):
@@ -99,10 +121,10 @@ def measure(options):
 
 def table(rows):
     if FIGURES[0] not in rows["exact"][0]:
-        exact = rows["exact"][0]["seconds"]
+        theirs, exact = (rows[name][0]["seconds"] for name in (PUBLISHED, "exact"))
         return "\n".join(
-            f"{name}: {found['seconds']:.2f} s a step, {exact / found['seconds']:.2f}x"
-            for name, (found,) in rows.items()
+            f"{name}: {seconds:.2f} s a step, {theirs / seconds:.2f}x, {exact / seconds:.2f}x exact"
+            for name, seconds in ((name, found["seconds"]) for name, (found,) in rows.items())
         )
     lines = ["| variant | speed | domain | − exact | attributes | − exact | Fréchet | − exact |"]
     lines.append("| --- |" + " --- |" * 7)
@@ -134,6 +156,7 @@ def main():
     with plain_words("benchmarks.chosen"):
         options.variants = list(dict.fromkeys(["exact", *options.variants]))
         make_folder(options.out)
+        keep_memory()
         rows = speeds(options) if options.size else measure(options)
         hardware = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         result = {"seeds": options.seeds, "target": options.target, "rows": rows, "on": hardware}

@@ -26,7 +26,7 @@ import ipl
 from benchmarks import worlds
 from benchmarks.measure import SEED, aligned, clock, hardware, write_json
 from benchmarks.step import run_ours
-from cli.process import pick_device, plain_words
+from cli.process import keep_memory, pick_device, plain_words
 from cli.run_folder import make_folder
 from stylegan2_ops.checkpoints import write_whole
 
@@ -80,6 +80,7 @@ def exponent(found):
 def worker(rank, processes, folder, build, resolution, repeats):
     """One of several processes of one thread; the first writes {stage: seconds}."""
     torch.set_num_threads(1)
+    keep_memory()
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes
     )
@@ -188,6 +189,7 @@ def main(argv=None, build=worlds.random_world):
         if min(numbers) < 1:
             raise ValueError(f"{min(numbers)} is no size and no number; wanted: at least 1")
         make_folder(options.out)
+        keep_memory()
         found = measure(options, device, build)
         report = {"hardware": hardware(device), "repeats": options.repeats, "growth": found}
         write_json(options.out / "growth.json", report)

@@ -2,11 +2,16 @@
 
     python -m benchmarks.step [--sizes 64 256 1024] [--stages 1 2] [--device cpu] [--repeats 7]
                               [--out runs/step] [--batch-mapper 4] [--batch 2] [--layer-batch 8]
+                              [--same-malloc]
 
 In one process the two take turns step by step, on the same latents; the times are medians. Ours is
 ipl.train_mapper and ipl.adapt_generator as they are, the other benchmarks/published_order.py. First
 both must give the same loss, gradient norm and layers. The memory is the largest sum of tensors
 beyond the networks that are there from the start. The parts are timed in further steps.
+
+Ours keeps freed memory in the process, as ipl.py does (cli.process.keep_memory); the published
+order gives it back, as any Python program under glibc, unless --same-malloc lets it keep it, too.
+What is then left is the gain of the order of work alone.
 
 64 is the miniature; larger sizes are random networks of published widths (benchmarks/worlds.py).
 The batches are the preset's, and the published ones. On a CPU those of 1024 are smaller unless
@@ -29,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ipl
 from benchmarks import measure, published_order, worlds
 from benchmarks.measure import PARTS, SEED, Memory, Parts, clock
-from cli.process import memory_advice, pick_device, plain_words
+from cli.process import keep_memory, memory_advice, pick_device, plain_words
 from cli.run_folder import make_folder
 from stylegan2_ops.checkpoints import write_whole
 
@@ -122,7 +127,7 @@ def check(row, expected, name):
         raise ValueError(f"{name}: {'; '.join(wrong)}; wanted: the same, so nothing was timed")
 
 
-def compare(world, stage, repeats, name):
+def compare(world, stage, repeats, name, same_malloc=False):
     """Both ways in turn -> a dict of what was measured.
 
     The first two steps of each are a check and warm it up; what they hold is its memory. The next
@@ -155,6 +160,7 @@ def compare(world, stage, repeats, name):
 
         @contextlib.contextmanager
         def measured(way, i):
+            keep_memory(way == "ours" or same_malloc)
             if i < 2:
                 with memory[way]:
                     yield
@@ -312,6 +318,7 @@ def main(argv=None, build=worlds.build):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("runs/step"))
+    parser.add_argument("--same-malloc", action="store_true")
     for name in SMALL:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     options = parser.parse_args(argv)
@@ -326,6 +333,7 @@ def main(argv=None, build=worlds.build):
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted: at least 1")
         rows, peaks = [], measure.peaks(device)
         found = {"hardware": measure.hardware(device), "peaks": peaks, "steps": rows}
+        found["same malloc"] = options.same_malloc
         for size in options.sizes:
             world = build(size, device)
             small = SMALL if size >= 1024 and device.type == "cpu" else {}
@@ -335,7 +343,7 @@ def main(argv=None, build=worlds.build):
                 row = {"size": size, "stage": stage}
                 row["batches"] = batches_of(world.cfg, stage, published)
                 with memory_advice(partial(str, f"in {label(row)}; wanted: smaller batches")):
-                    row |= compare(world, stage, options.repeats, label(row))
+                    row |= compare(world, stage, options.repeats, label(row), options.same_malloc)
                 row["flops"] = flops_of(world, stage, row["layers"])
                 row["of_peak"] = shares_of_peak(row, max(peaks.values()))
                 rows.append(row)
@@ -343,7 +351,8 @@ def main(argv=None, build=worlds.build):
                 plot(rows, options.out / "step.png")
         print(", ".join(f"{name} {value}" for name, value in found["hardware"].items()))
         rates = (f"{name} {x / 1e9:.0f} GFLOP/s" for name, x in found["peaks"].items())
-        print(f"{', '.join(rates)}; medians of {options.repeats} steps\n")
+        malloc = "keeps memory, too" if options.same_malloc else "gives memory back"
+        print(f"{', '.join(rates)}; medians of {options.repeats} steps; published {malloc}\n")
         print(*report(rows), sep="\n")
         if any("*" in row["batches"] for row in rows):
             print("\n* not the published batch, or not the preset's")

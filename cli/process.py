@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import io
 import os
@@ -187,6 +188,23 @@ def choose_kernels(deterministic, tf32):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
+def keep_memory(keep=True):
+    """glibc's malloc keeps what tensors no longer need for the next ones; keep=False: as usual.
+
+    As usual it hands every large tensor back to the system, which clears the pages of the next one:
+    on a CPU that can take as long as the step itself. Does nothing where malloc is not glibc's.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        largest = 32 << 20  # where glibc's own adaptive threshold ends
+        for parameter, kept, usual in (
+            (-1, -1, 2 * largest),  # M_TRIM_THRESHOLD: free bytes at the end of the heap
+            (-3, largest, largest),  # M_MMAP_THRESHOLD: bytes from which on it maps pages ...
+            (-4, 0, 65536),  # M_MMAP_MAX: ... and how often at most
+        ):
+            mallopt(parameter, kept if keep else usual)
+
+
 # ----------------------------------------------------------------------------------------------
 # Device and fellow processes. torchrun says by environment variables who we are.
 
@@ -244,6 +262,7 @@ def make_all(runs, make):
     Raises SystemExit with the code of the first that failed, or at once if a signal stops it.
     """
     codes = []
+    keep_memory()
     with plain_words():
         runs = share(runs)
     for run in runs:
