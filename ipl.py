@@ -49,8 +49,8 @@ Where it departs from the published code (its file:line in brackets)
  6. n_ctx counts prompt vectors, there the words of ctx_init. [train.py:79-80,112]
  7. Samples are truncated towards the generator's own average; there it is drawn anew each time.
  8. Work that changes no number is left out: fixed texts are encoded once, prompts are not padded
-    to 77 tokens, CLIP collects no gradients, and neither do weights in the layer choice.
-    [clip_loss.py:249-251,256-257]
+    to 77 tokens, CLIP collects no gradients, and neither do weights in the layer choice, which
+    looks at no more images at a time than the step trains. [clip_loss.py:249-251,256-257]
  9. `--crop`, `--freeze` and `--layers all` are ours, and off by default.
 10. Processes that share a batch draw fresh noise from seeds of their own.
 """

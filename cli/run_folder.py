@@ -259,7 +259,7 @@ class Keeper:
 
     def sizes(self, resolution):
         """What takes memory in the stage that is under way, in words."""
-        of_stages = {1: ["--batch-mapper"], 2: ["--batch", "--layer-batch"]}
+        of_stages = {1: ["--batch-mapper"], 2: ["--batch"]}
         names = of_stages.get(self.stage, ["--samples"])
         sizes = ", ".join(f"{name} {self.settings[name]}" for name in names)
         where = f"in stage {self.stage}" if self.stage else "outside the stages"

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,28 @@ def test_a_benchmark_from_end_to_end(tmp_path, capsys):
             assert parts["frozen generator"] > 0 and parts["CLIP of source"] > 0
             assert (parts["layer choice"] > 0) == (row["stage"] == 2)
             assert sum(parts.values()) == pytest.approx(row["seconds"][way], rel=5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--same-malloc"]])
+def test_whose_memory_is_kept(tmp_path, monkeypatch, flags):
+    """Ours always, the published order's with --same-malloc only."""
+    seen = {"ours": set(), "published": set()}
+    keep_memory, now = step.keep_memory, []
+    monkeypatch.setattr(step, "keep_memory", lambda keep: (now.append(keep), keep_memory(keep)))
+
+    def noting(way, function, *args, **more):
+        if now:
+            seen[way].add(now[-1])
+        return function(*args, **more)
+
+    for way, thing, name in (
+        ("ours", ipl, "select_layers"), ("published", published_order, "choose_layers")
+    ):  # fmt: skip
+        monkeypatch.setattr(thing, name, partial(noting, way, getattr(thing, name)))
+    monkeypatch.setattr(step, "flops_of", lambda *_: {"all": 1})
+    step.main([*f"--sizes 32 --stages 2 --repeats 1 --out {tmp_path}".split(), *flags], build)
+    assert seen["ours"] == {True} and seen["published"] == {bool(flags)}
+    assert json.loads((tmp_path / "step.json").read_text())["same malloc"] == bool(flags)
 
 
 def test_nothing_is_timed_if_the_two_ways_differ(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import ipl
+from cli import process
 from stylegan2_ops import load_generator
 
 ROOT = Path(__file__).parents[1]
@@ -344,3 +346,41 @@ def test_help_names_every_field(capsys):
     said = capsys.readouterr().out
     for name in ipl.asdict(ipl.Config()):
         assert f"--{name.replace('_', '-')}" in said
+
+
+# ----------------------------------------------------------------------------------------------
+# Memory
+
+
+FAULTS = """
+import resource, torch
+from cli.process import keep_memory
+
+def faults():
+    "Pages that the system had to clear for ten tensors of 64 MB, one after the other."
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+for keep in (True, False, True):
+    keep_memory(keep)
+    print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_large_tensors_get_the_memory_of_those_before():
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    kept, usual, again = map(int, done.stdout.split())
+    assert 10 * max(kept, again) < usual
+
+
+def test_a_run_keeps_memory(monkeypatch):
+    calls = []
+    monkeypatch.setattr(process, "keep_memory", lambda: calls.append(True))
+    process.make_all([], None)
+    assert calls == [True]

@@ -331,8 +331,7 @@ def test_out_of_memory(tmp_path, monkeypatch, capsys, error):
         train(tmp_path / "run")
     said = capsys.readouterr().err
     assert exit_.value.code == 1 and said == (
-        "ipl.py: error: out of memory in stage 2, at 32 x 32 pixels; wanted: less than --batch 2, "
-        "--layer-batch 2\n"
+        "ipl.py: error: out of memory in stage 2, at 32 x 32 pixels; wanted: less than --batch 2\n"
     )
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 

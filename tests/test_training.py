@@ -100,6 +100,26 @@ def test_layer_choice_ignores_its_learning_rate(golden, clip_pair, target):
     close(10 * one[1], ten[1])
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_layer_choice_of_a_few_images_at_a_time(clip_pair, target, at_once):
+    w = target.mapping(torch.randn(4, target.z_dim, generator=rng())).detach()
+    text_feature = ipl.encode_texts(clip_pair[0], "anime")[0]
+    sizes, encode = [], ipl.image_encoder(*clip_pair)
+
+    def encode_images(images):
+        sizes.append(len(images))
+        return encode(images)
+
+    whole, few = (
+        ipl.select_layers(target, encode_images, w, text_feature, k=4, at_once=n)
+        for n in (4, at_once)
+    )
+    assert sizes == [4] + ([1] * 4 if at_once == 1 else [3, 1])
+    assert whole[0] == few[0]
+    close(few[1], whole[1])
+    assert few[1].std() > 0.01 * few[1].mean()
+
+
 def test_stage1_trajectory(golden, clip_pair, source, mapper):
     g = golden["stage1_trajectory"]
     cfg = replace(PUBLISHED, steps_mapper=5)
