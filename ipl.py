@@ -214,7 +214,7 @@ def load_clip(name_or_path, device="cpu"):
             "under OpenAI's key names or, when online, the name of one of OpenAI's models"
         ) from error
     clip_model = clip_model.float().requires_grad_(False).eval().to(device)
-    return clip_model, partial(clip_transform, resolution=clip_model.visual.input_resolution)
+    return clip_model, lambda images: clip_transform(images, clip_model.visual.input_resolution)
 
 
 def clip_transform(images, resolution):
@@ -306,17 +306,18 @@ TEMPLATES = """
     painting of a {}. | a pixelated photo of the {}. | a sculpture of the {}. | a bright photo of
     the {}. | a cropped photo of a {}. | a plastic {}. | a photo of the dirty {}. | a jpeg corrupted
     photo of a {}. | a blurry photo of the {}. | a photo of the {}. | a good photo of the {}. | a
-    rendering of the {}. | a {} in a video game. | a photo of one {}. | a doodle of a {}. | a close-
-    up photo of the {}. | a photo of a {}. | the origami {}. | the {} in a video game. | a sketch of
-    a {}. | a doodle of the {}. | a origami {}. | a low resolution photo of a {}. | the toy {}. | a
-    rendition of the {}. | a photo of the clean {}. | a photo of a large {}. | a rendition of a {}.
-    | a photo of a nice {}. | a photo of a weird {}. | a blurry photo of a {}. | a cartoon {}. | art
-    of a {}. | a sketch of the {}. | a embroidered {}. | a pixelated photo of a {}. | itap of the
-    {}. | a jpeg corrupted photo of the {}. | a good photo of a {}. | a plushie {}. | a photo of the
-    nice {}. | a photo of the small {}. | a photo of the weird {}. | the cartoon {}. | art of the
-    {}. | a drawing of the {}. | a photo of the large {}. | a black and white photo of a {}. | the
-    plushie {}. | a dark photo of a {}. | itap of a {}. | graffiti of the {}. | a toy {}. | itap of
-    my {}. | a photo of a cool {}. | a photo of a small {}. | a tattoo of the {}.
+    rendering of the {}. | a {} in a video game. | a photo of one {}. | a doodle of a {}. | a
+    close-up photo of the {}. | a photo of a {}. | the origami {}. | the {} in a video game. | a
+    sketch of a {}. | a doodle of the {}. | a origami {}. | a low resolution photo of a {}. | the
+    toy {}. | a rendition of the {}. | a photo of the clean {}. | a photo of a large {}. | a
+    rendition of a {}. | a photo of a nice {}. | a photo of a weird {}. | a blurry photo of a {}. |
+    a cartoon {}. | art of a {}. | a sketch of the {}. | a embroidered {}. | a pixelated photo of a
+    {}. | itap of the {}. | a jpeg corrupted photo of the {}. | a good photo of a {}. | a plushie
+    {}. | a photo of the nice {}. | a photo of the small {}. | a photo of the weird {}. | the
+    cartoon {}. | art of the {}. | a drawing of the {}. | a photo of the large {}. | a black and
+    white photo of a {}. | the plushie {}. | a dark photo of a {}. | itap of a {}. | graffiti of the
+    {}. | a toy {}. | itap of my {}. | a photo of a cool {}. | a photo of a small {}. | a tattoo of
+    the {}.
 """
 TEMPLATES = tuple(" ".join(TEMPLATES.split()).split(" | "))
 
@@ -468,8 +469,8 @@ def select_layers(
 
     Take one step of SGD on the W+ codes of some images towards the text: the inputs that move
     furthest are those whose layers can bring it. That step is -lr * gradient, and only W+ needs
-    a gradient, no weight of the generator. Each code's is its own image's, so that `at_once` of
-    the B images need to be in memory. loss: of what encode_images returns and text_feature.
+    a gradient, no weight of the generator. No image's gradient depends on another's: only at_once
+    of them are in memory. loss: a mean, of what encode_images returns and text_feature.
     """
     weights = 0
     for codes in w.split(at_once):
@@ -831,9 +832,8 @@ def main(argv=None):
 
     argv = sys.argv[1:] if argv is None else argv
     about = (
-        "Adapt a generator to a new domain, from words alone. The defaults below are those of the "
-        "miniature or, with --generator, as published. Several --target make several runs. "
-        "Also: ipl.py sample, convert, inspect."
+        "Adapt a generator to a new domain, from words alone. Defaults: the miniature's or, with "
+        "--generator, as published. Several --target: several runs. Also: sample, convert, inspect."
     )
     with process.plain_words(speaks=process.is_first()):
         if argv and not argv[0].startswith("-"):

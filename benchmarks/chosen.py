@@ -68,7 +68,7 @@ def adapt(cfg, generator, pair, directions, seed):
 
 
 def speeds(options):
-    """{variant: [seconds of a step]} at another size, of networks with random weights."""
+    """{variant, or the published order: [seconds of a step]}, of networks with random weights."""
     world = worlds.build(options.size, pick_device(options.device))
     exact, generator, *pair = world
     steps = 1 + 2 * RECOMMENDED["layer_every"]
@@ -84,13 +84,14 @@ def speeds(options):
     return rows
 
 
-def published(world, mapper, steps=3):
+def published(world, mapper):
     """Seconds of a step in the published order, whose process gives freed memory back."""
     keep_memory(False)
+    choose_kernels(world.cfg.deterministic, world.cfg.tf32)
     step, *_ = published_step(world, 2, mapper)
     device, z_dim = world.generator.w_avg.device, world.generator.z_dim
     times = []
-    for _ in range(1 + steps):
+    for _ in range(4):
         start = clock(device)
         step(torch.randn(world.cfg.batch, z_dim), torch.randn(world.cfg.layer_batch, z_dim))
         times.append(clock(device) - start)
@@ -162,7 +163,9 @@ def main():
         result = {"seeds": options.seeds, "target": options.target, "rows": rows, "on": hardware}
         text = json.dumps(result, indent=2) + "\n"
         write_whole(options.out / "chosen.json", lambda path: path.write_text(text))
-        print(f"{options.target}, seeds {' '.join(map(str, options.seeds))}, {hardware}")
+        if not options.size:
+            print(f"{options.target}, seeds {' '.join(map(str, options.seeds))}")
+        print(hardware)
         print(table(rows))
 
 

@@ -332,8 +332,10 @@ def main(argv=None, build=worlds.build):
             if value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted: at least 1")
         rows, peaks = [], measure.peaks(device)
-        found = {"hardware": measure.hardware(device), "peaks": peaks, "steps": rows}
-        found["same malloc"] = options.same_malloc
+        found = {
+            "hardware": measure.hardware(device), "same malloc": options.same_malloc,
+            "peaks": peaks, "steps": rows,
+        }  # fmt: skip
         for size in options.sizes:
             world = build(size, device)
             small = SMALL if size >= 1024 and device.type == "cpu" else {}
@@ -351,8 +353,7 @@ def main(argv=None, build=worlds.build):
                 plot(rows, options.out / "step.png")
         print(", ".join(f"{name} {value}" for name, value in found["hardware"].items()))
         rates = (f"{name} {x / 1e9:.0f} GFLOP/s" for name, x in found["peaks"].items())
-        malloc = "keeps memory, too" if options.same_malloc else "gives memory back"
-        print(f"{', '.join(rates)}; medians of {options.repeats} steps; published {malloc}\n")
+        print(f"{', '.join(rates)}; medians of {options.repeats} steps\n")
         print(*report(rows), sep="\n")
         if any("*" in row["batches"] for row in rows):
             print("\n* not the published batch, or not the preset's")

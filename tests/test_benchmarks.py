@@ -112,6 +112,7 @@ def test_whose_memory_is_kept(tmp_path, monkeypatch, flags):
         monkeypatch.setattr(thing, name, partial(noting, way, getattr(thing, name)))
     monkeypatch.setattr(step, "flops_of", lambda *_: {"all": 1})
     step.main([*f"--sizes 32 --stages 2 --repeats 1 --out {tmp_path}".split(), *flags], build)
+    keep_memory(False)
     assert seen["ours"] == {True} and seen["published"] == {bool(flags)}
     assert json.loads((tmp_path / "step.json").read_text())["same malloc"] == bool(flags)
 

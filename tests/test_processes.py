@@ -44,7 +44,7 @@ def torchrun(processes, *args, folder=ROOT):
 
 def one_step(method, layers):
     cfg = ipl.Config(
-        noise="fixed", eps=0.1, crop=0.2, batch=4, batch_mapper=8, layer_batch=4, steps=1,
+        noise="fixed", eps=0.1, crop=0.2, batch=4, batch_mapper=8, layer_batch=8, steps=1,
         steps_mapper=1, num_layers=3, lambda_source=0.5, layers=layers,
     )  # fmt: skip
     rng = torch.Generator().manual_seed(0)
