@@ -11,7 +11,8 @@ beyond the networks that are there from the start. The parts are timed in furthe
 
 Ours keeps freed memory in the process, as ipl.py does (cli.process.keep_memory); the published
 order gives it back, as any Python program under glibc, unless --same-malloc lets it keep it, too.
-What is then left is the gain of the order of work alone.
+What is then left is the gain of the order of work alone. Taking turns in one process favours the
+published order, if at all: gaps that ours leaves in the heap may serve it.
 
 64 is the miniature; larger sizes are random networks of published widths (benchmarks/worlds.py).
 The batches are the preset's, and the published ones. On a CPU those of 1024 are smaller unless
