@@ -46,7 +46,9 @@ def network(options, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

@@ -174,7 +174,9 @@ def tables(found):
 
 def main(argv=None, build=worlds.random_world):
     """build: resolution, device -> World; a function of a module, for other processes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--resolutions", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])

@@ -7,12 +7,16 @@
 In one process the two take turns step by step, on the same latents; the times are medians. Ours is
 ipl.train_mapper and ipl.adapt_generator as they are, the other benchmarks/published_order.py. First
 both must give the same loss, gradient norm and layers. The memory is the largest sum of tensors
-beyond the networks that are there from the start. The parts are timed in further steps.
+beyond the networks that are there from the start.
 
 Ours keeps freed memory in the process, as ipl.py does (cli.process.keep_memory); the published
 order gives it back, as any Python program under glibc, unless --same-malloc lets it keep it, too.
 What is then left is the gain of the order of work alone. Taking turns in one process favours the
 published order, if at all: gaps that ours leaves in the heap may serve it.
+
+In the table, "of peak" is the share of the machine's peak that ours reaches with the FLOPs that no
+order of work can save, "with choice" counts the layer choice among them, and "once" are the seconds
+before the first step. Parts are timed in steps of their own.
 
 64 is the miniature; larger sizes are random networks of published widths (benchmarks/worlds.py).
 The batches are the preset's, and the published ones. On a CPU those of 1024 are smaller unless
@@ -286,9 +290,9 @@ def plot(rows, path):
     """A bar for each way: the parts of a step, in units of the published order's time."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1 + 0.8 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, max(2.6, 1 + 0.8 * len(rows))), layout="constrained")
     axes = figure.subplots()
-    names = [f"{label(row)}, {way}" for row in rows for way in WAYS]
+    names = [f"{label(row)}, {way}: {row['seconds'][way]:.2f} s" for row in rows for way in WAYS]
     left = [0.0] * len(names)
     for i, part in enumerate(PARTS):
         shares = [
@@ -299,7 +303,7 @@ def plot(rows, path):
         axes.barh(names, shares, left=left, label=part, color=f"C{i}")
         left = [a + b for a, b in zip(left, shares, strict=True)]
     axes.invert_yaxis()
-    axes.set_xlabel("seconds of a step, published order = 1")
+    axes.set_xlabel("time of a step, by part; published order = 1")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     write_whole(path, figure.savefig)
 
@@ -313,7 +317,9 @@ def batches_of(cfg, stage, published):
 
 def main(argv=None, build=worlds.build):
     """build: size, device -> World."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=(1, 2))
     parser.add_argument("--device", default="cpu")
