@@ -11,8 +11,9 @@ beyond the networks that are there from the start.
 
 Ours keeps freed memory in the process, as ipl.py does (cli.process.keep_memory); the published
 order gives it back, as any Python program under glibc, unless --same-malloc lets it keep it, too.
-What is then left is the gain of the order of work alone. Taking turns in one process favours the
-published order, if at all: gaps that ours leaves in the heap may serve it.
+What is then left is the gain of the order of work alone. Without it, taking turns favours the
+published order: gaps that ours leaves in the heap may serve it, and what it gives back, ours has to
+get again, which grows with the batch.
 
 In the table, "of peak" is the share of the machine's peak that ours reaches with the FLOPs that no
 order of work can save, "with choice" counts the layer choice among them, and "once" are the seconds

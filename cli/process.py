@@ -195,16 +195,14 @@ def keep_memory(keep=True):
     CPU a step can take half as long again. Without effect where malloc is not glibc's.
     """
     with contextlib.suppress(AttributeError):  # not glibc
-        libc = ctypes.CDLL(None)
+        mallopt = ctypes.CDLL(None).mallopt
         largest = 32 << 20  # up to here glibc raises its threshold of itself
         for parameter, kept, given_back in (
             (-1, -1, 2 * largest),  # M_TRIM_THRESHOLD: free bytes at the end of the heap
             (-3, largest, largest),  # M_MMAP_THRESHOLD: bytes from which on it maps pages ...
             (-4, 0, 65536),  # M_MMAP_MAX: ... and how often at most
         ):
-            libc.mallopt(parameter, kept if keep else given_back)
-        if not keep:
-            libc.malloc_trim(0)
+            mallopt(parameter, kept if keep else given_back)
 
 
 # ----------------------------------------------------------------------------------------------
