@@ -72,9 +72,7 @@ def speeds(options):
     world = worlds.build(options.size, pick_device(options.device))
     exact, generator, *pair = world
     steps = 1 + 2 * RECOMMENDED["layer_every"]
-    rng = torch.Generator().manual_seed(SEED)
-    width = pair[0].token_embedding.embedding_dim
-    mapper = ipl.LatentMapper(generator.w_dim, exact.n_ctx, width, rng).to(generator.w_avg.device)
+    mapper = worlds.new_mapper(world)
     rows = {PUBLISHED: [{"seconds": published(world, mapper)}]}
     for name in tqdm(options.variants, disable=None):
         cfg = replace(exact, steps=steps, **VARIANTS[name])

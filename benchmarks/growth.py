@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import ipl
 from benchmarks import worlds
-from benchmarks.measure import SEED, aligned, clock, hardware, write_json
+from benchmarks.measure import aligned, clock, hardware, write_json
 from benchmarks.step import run_ours
 from cli.process import keep_memory, pick_device, plain_words
 from cli.run_folder import make_folder
@@ -47,10 +46,7 @@ def seconds_of(world, stage, batch, repeats):
             yield i
             times.append(clock(device) - start)
 
-    width = world.clip_model.token_embedding.embedding_dim
-    rng = torch.Generator().manual_seed(SEED)
-    mapper = ipl.LatentMapper(world.generator.w_dim, world.cfg.n_ctx, width, rng).to(device)
-    run_ours(world, stage, mapper, keep)
+    run_ours(world, stage, worlds.new_mapper(world), keep)
     return statistics.median(times[1:])
 
 

@@ -140,9 +140,7 @@ def compare(world, stage, repeats, name, same_malloc=False):
     `repeats` are timed as a whole, and up to three more by part.
     """
     device = world.generator.w_avg.device
-    width = world.clip_model.token_embedding.embedding_dim
-    rng = torch.Generator().manual_seed(SEED)
-    mapper = ipl.LatentMapper(world.generator.w_dim, world.cfg.n_ctx, width, rng).to(device)
+    mapper = worlds.new_mapper(world)
     theirs, trained, their_clip, their_optimizer = published_step(
         world, stage, copy.deepcopy(mapper)
     )

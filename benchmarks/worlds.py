@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 import ipl
+from benchmarks.measure import SEED
 from stylegan2_ops import Generator, load_generator
 
 
@@ -57,6 +58,14 @@ def random_world(resolution, device):
 def build(size, device):
     """64: the miniature; larger: random networks of the published widths."""
     return miniature_world(device) if size == 64 else random_world(size, device)
+
+
+def new_mapper(world):
+    """An untrained mapper of the world's sizes, the same each time."""
+    rng = torch.Generator().manual_seed(SEED)
+    ctx_dim = world.clip_model.token_embedding.embedding_dim
+    mapper = ipl.LatentMapper(world.generator.w_dim, world.cfg.n_ctx, ctx_dim, rng)
+    return mapper.to(world.generator.w_avg.device)
 
 
 def moved(generator):
