@@ -120,10 +120,11 @@ def measure(options):
 
 def table(rows):
     if FIGURES[0] not in rows["exact"][0]:
-        theirs, exact = (rows[name][0]["seconds"] for name in (PUBLISHED, "exact"))
+        seconds = {name: found["seconds"] for name, (found,) in rows.items()}
+        theirs, exact = seconds[PUBLISHED], seconds["exact"]
         return "\n".join(
-            f"{name}: {seconds:.2f} s a step, {theirs / seconds:.2f}x, {exact / seconds:.2f}x exact"
-            for name, seconds in ((name, found["seconds"]) for name, (found,) in rows.items())
+            f"{name}: {x:.2f} s a step, {theirs / x:.2f}x, {exact / x:.2f}x exact"
+            for name, x in seconds.items()
         )
     lines = ["| variant | speed | domain | − exact | attributes | − exact | Fréchet | − exact |"]
     lines.append("| --- |" + " --- |" * 7)
