@@ -201,7 +201,7 @@ def load_clip(name_or_path, device="cpu"):
                 with warnings.catch_warnings(action="ignore"):
                     state_dict = torch.load(name, map_location="cpu", weights_only=True)
             except RuntimeError:  # such as that this is a TorchScript archive
-                from stylegan2_ops.pickles import read_script
+                from checkpoints.pickles import read_script
 
                 state_dict = read_script(Path(name).read_bytes())
             clip_model = clip.model.build_model(state_dict).float()
@@ -754,7 +754,7 @@ def sample_grid(source, target, *, n=8, seed=0, truncation_psi=0.7, columns=8):
 
 def load_frozen(cfg, device, path=None):
     """The run's source generator, or another one of its kind."""
-    from stylegan2_ops import load_generator
+    from checkpoints import load_generator
 
     if cfg.generator is None and path is None:
         from miniature import GENERATOR as path
@@ -780,14 +780,14 @@ def load_clips(cfg, device):
 
 def prepare(cfg):
     """What can refuse a run, before it writes: -> its Keeper, its CLIPs, its generator."""
-    from cli import checks, process, run_folder
+    from cli import checks, processes, run_folder
 
     checks.check(cfg)
-    process.choose_kernels(cfg.deterministic, cfg.tf32)
-    device = process.pick_device(cfg.device)
+    processes.choose_kernels(cfg.deterministic, cfg.tf32)
+    device = processes.pick_device(cfg.device)
     checks.check_shares(cfg, ranks()[1])
     keep = run_folder.Keeper(run_folder.folder_of(cfg), asdict(cfg), device)
-    with process.one_at_a_time():
+    with processes.one_at_a_time():
         clips, generator = load_clips(cfg, device), load_frozen(cfg, device)
     checks.check_layers(cfg, generator)
     return keep, clips, generator
@@ -796,13 +796,13 @@ def prepare(cfg):
 def adapt(cfg):
     """The main job: from two words to a run folder. Results that are there stay until the end."""
     import miniature
-    from cli import checks, process
+    from cli import checks, processes
 
     keep, clips, generator = prepare(cfg)
     if keep.finished:
         return keep.say_finished()
 
-    with process.memory_advice(lambda: keep.sizes(generator.resolution)), keep:
+    with processes.memory_advice(lambda: keep.sizes(generator.resolution)), keep:
         rng = torch.Generator().manual_seed(cfg.seed)
         history, mappers = [], []
         for i, pair in enumerate(clips):
@@ -826,24 +826,24 @@ def adapt(cfg):
 
 def main(argv=None):
     """The command line. Bad input ends in one line on stderr and exit code 2."""
-    from cli import process, run_folder
+    from cli import processes, run_folder
+    from cli.convert import convert, inspect
     from cli.sample import sample
-    from stylegan2_ops.convert import convert, inspect
 
     argv = sys.argv[1:] if argv is None else argv
     about = (
         "Adapt a generator to a new domain, from words alone. Defaults: the miniature's or, with "
         "--generator, as published. Several --target: several runs. Also: sample, convert, inspect."
     )
-    with process.plain_words(speaks=process.is_first()):
+    with processes.plain_words(speaks=processes.is_first()):
         if argv and not argv[0].startswith("-"):
-            return process.parse_command((sample, convert, inspect), argv)()
+            return processes.parse_command((sample, convert, inspect), argv)()
         default = Config() if any(x.startswith("--generator") for x in argv) else MINIATURE
-        parse = partial(process.parse, Config, description=about, default=default)
-        runs = run_folder.spread([parse(words) for words in process.split(argv, "--target")])
+        parse = partial(processes.parse, Config, description=about, default=default)
+        runs = run_folder.spread([parse(words) for words in processes.split(argv, "--target")])
         for cfg in runs[1:]:  # none begins where a later one is refused
             prepare(cfg)
-    process.make_all(runs, adapt)
+    processes.make_all(runs, adapt)
 
 
 if __name__ == "__main__":

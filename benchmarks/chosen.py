@@ -26,13 +26,13 @@ import ipl
 from benchmarks import worlds
 from benchmarks.measure import SEED, clock
 from benchmarks.step import published_step
-from cli.process import choose_kernels, keep_memory, pick_device, plain_words
+from checkpoints import load_generator
+from checkpoints.files import write_atomically
+from cli.processes import choose_kernels, keep_memory, pick_device, plain_words
 from cli.run_folder import make_folder
 from miniature import CLIP, GENERATOR
 from miniature.evaluate import Truth, interval
 from miniature.judge import load_judge
-from stylegan2_ops import load_generator
-from stylegan2_ops.checkpoints import write_whole
 
 EXACT = replace(ipl.MINIATURE, layers="adaptive", autocast="none")
 RECOMMENDED = {"layer_every": 5, "autocast": "all"}
@@ -163,7 +163,7 @@ def main():
         hardware = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         result = {"seeds": options.seeds, "target": options.target, "rows": rows, "on": hardware}
         text = json.dumps(result, indent=2) + "\n"
-        write_whole(options.out / "chosen.json", lambda path: path.write_text(text))
+        write_atomically(options.out / "chosen.json", lambda path: path.write_text(text))
         if not options.size:
             print(f"{options.target}, seeds {' '.join(map(str, options.seeds))}")
         print(hardware)

@@ -25,9 +25,9 @@ import torch
 from benchmarks import worlds
 from benchmarks.measure import aligned, clock, hardware, write_json
 from benchmarks.step import run_ours
-from cli.process import keep_memory, pick_device, plain_words
+from checkpoints.files import write_atomically
+from cli.processes import keep_memory, pick_device, plain_words
 from cli.run_folder import make_folder
-from stylegan2_ops.checkpoints import write_whole
 
 SHARED = 8  # batch of all processes
 STAGES = (1, 2)
@@ -114,7 +114,7 @@ def plot(found, path):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     all_axes[0].set_ylabel("seconds of a step")
-    write_whole(path, figure.savefig)
+    write_atomically(path, figure.savefig)
 
 
 def measure(options, device, build):

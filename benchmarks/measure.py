@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from stylegan2_ops.checkpoints import write_whole
+from checkpoints.files import write_atomically
 
 PARTS = (
     "texts", "frozen generator", "CLIP of source", "layer choice", "trainable generator",
@@ -147,4 +147,4 @@ def aligned(rows):
 
 def write_json(path, found):
     """The file appears whole or not at all."""
-    write_whole(path, lambda aside: aside.write_text(json.dumps(found, indent=1) + "\n"))
+    write_atomically(path, lambda aside: aside.write_text(json.dumps(found, indent=1) + "\n"))

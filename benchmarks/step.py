@@ -9,7 +9,7 @@ ipl.train_mapper and ipl.adapt_generator as they are, the other benchmarks/publi
 both must give the same loss, gradient norm and layers. The memory is the largest sum of tensors
 beyond the networks that are there from the start.
 
-Ours keeps freed memory in the process, as ipl.py does (cli.process.keep_memory); the published
+Ours keeps freed memory in the process, as ipl.py does (cli.processes.keep_memory); the published
 order gives it back, as any Python program under glibc, unless --same-malloc lets it keep it, too.
 What is then left is the gain of the order of work alone. Without it, taking turns favours the
 published order: gaps that ours leaves in the heap may serve it, and what it gives back, ours has to
@@ -40,9 +40,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import ipl
 from benchmarks import measure, published_order, worlds
 from benchmarks.measure import PARTS, SEED, Memory, Parts, clock
-from cli.process import keep_memory, memory_advice, pick_device, plain_words
+from checkpoints.files import write_atomically
+from cli.processes import keep_memory, memory_advice, pick_device, plain_words
 from cli.run_folder import make_folder
-from stylegan2_ops.checkpoints import write_whole
 
 WAYS = ("ours", "published")
 SMALL = {"batch_mapper": 4, "batch": 1, "layer_batch": 4}  # at 1024 on a CPU
@@ -304,7 +304,7 @@ def plot(rows, path):
     axes.invert_yaxis()
     axes.set_xlabel("time of a step, by part; published order = 1")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    write_whole(path, figure.savefig)
+    write_atomically(path, figure.savefig)
 
 
 def batches_of(cfg, stage, published):

@@ -8,7 +8,8 @@ import torch
 
 import ipl
 from benchmarks.measure import SEED
-from stylegan2_ops import Generator, load_generator
+from checkpoints import load_generator
+from stylegan2_ops import Generator
 
 
 class World(NamedTuple):

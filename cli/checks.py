@@ -5,7 +5,7 @@ import os
 import typing
 import warnings
 
-from stylegan2_ops.checkpoints import WANTED
+from checkpoints.stylegan2 import WANTED
 
 
 def check(cfg, **flags):

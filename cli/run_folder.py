@@ -31,9 +31,10 @@ from safetensors.torch import save
 from torch import nn
 
 import miniature
+from checkpoints.files import write_atomically
+from checkpoints.stylegan2 import misfit_of, save_generator
 from cli.checks import check
-from cli.process import any_rank, deferred_signals, in_words, rank
-from stylegan2_ops.checkpoints import misfit_of, save_generator, write_whole
+from cli.processes import any_rank, deferred_signals, in_words, rank
 
 CHECKPOINT = "checkpoint.pt"
 GENERATORS = ("generator.pt", "generator.safetensors")
@@ -255,7 +256,7 @@ class Keeper:
                 raise FloatingPointError(f"{where}: weights are not finite; wanted: a smaller rate")
         buffer = io.BytesIO()
         torch.save({"settings": self.settings, "loops": loops}, buffer)
-        write_whole(self.path, lambda aside: aside.write_bytes(buffer.getbuffer()))
+        write_atomically(self.path, lambda aside: aside.write_bytes(buffer.getbuffer()))
 
     def sizes(self, resolution):
         """What takes memory in the stage that is under way, in words."""
@@ -382,10 +383,10 @@ def save_run(folder, config, mappers, generator, history, floor, samples):
         (folder / name).unlink(missing_ok=True)
     if mappers:
         state = (mappers[0] if len(mappers) == 1 else nn.ModuleList(mappers)).state_dict()
-        write_whole(folder / "mapper.safetensors", lambda file: file.write_bytes(save(state)))
+        write_atomically(folder / "mapper.safetensors", lambda file: file.write_bytes(save(state)))
     described = json.dumps(config, indent=2) + "\n"
-    write_whole(folder / "config.json", lambda file: file.write_text(described))
-    write_whole(folder / "history.jsonl", lambda file: file.write_text(lines))
+    write_atomically(folder / "config.json", lambda file: file.write_text(described))
+    write_atomically(folder / "history.jsonl", lambda file: file.write_text(lines))
     fits, other = GENERATORS
     save_generator(generator, folder / (other if misfit_of(generator.config) else fits))
     save_curves(history, folder / "curves.png", floor)
@@ -405,7 +406,7 @@ def save_picture(picture, path):
     """picture: uint8 [H, W, 3]."""
     from PIL import Image
 
-    write_whole(path, Image.fromarray(picture.numpy()).save)
+    write_atomically(path, Image.fromarray(picture.numpy()).save)
 
 
 def save_curves(history, path, floor=None):
@@ -431,4 +432,4 @@ def save_curves(history, path, floor=None):
             axes.axhline(floor, color="black", linestyle="--", label="true pairs")
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
-    write_whole(path, figure.savefig)
+    write_atomically(path, figure.savefig)

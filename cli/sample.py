@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ipl
-from cli import checks, process, run_folder
+from cli import checks, processes, run_folder
 
 
 def sample(
@@ -25,7 +25,7 @@ def sample(
     cfg = run_folder.read_config(run, ipl.Config)
     psi = cfg.truncation_psi if truncation_psi is None else truncation_psi
     checks.check(replace(cfg, seed=seed, truncation_psi=psi, samples=n), samples="--n")
-    device = process.pick_device(device)
+    device = processes.pick_device(device)
     source, target = ipl.load_frozen(cfg, device), ipl.load_frozen(cfg, device, adapted)
     checks.check_pair(source, target, adapted)
     run_folder.make_folder(out.parent)

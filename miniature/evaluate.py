@@ -53,12 +53,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import ipl
+from checkpoints import load_generator
+from checkpoints.files import write_atomically
 from cli import checks
 from cli.run_folder import find_generator, read_config, save_picture
 from miniature import CLIP, GENERATOR, JUDGE, captions, faces
 from miniature.judge import load_judge
-from stylegan2_ops import load_generator
-from stylegan2_ops.checkpoints import write_whole
 
 METHODS = ("nada", "ipl", "published", "mean", "own", "caption")
 PUBLISHED = {
@@ -263,7 +263,7 @@ def picture(strips, cfg, path):
 
 
 def write_json(path, value):
-    write_whole(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
+    write_atomically(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 @torch.no_grad()
@@ -418,7 +418,7 @@ def report(cfg):
         first = [torch.load(file, weights_only=True) for file in first]
         strips[target] = [truth.generated[:10], *first, true[:10]]
     text = table(rows, cfg)
-    write_whole(cfg.out / "table.md", lambda aside: aside.write_text(text))
+    write_atomically(cfg.out / "table.md", lambda aside: aside.write_text(text))
     flat = [{"domain": t, "method": m, "seed": s, **row} for (t, m, s), row in rows.items()]
     write_json(cfg.out / "table.json", flat)
     picture(strips, cfg, cfg.out / "pictures.png")

@@ -1,7 +1,6 @@
-"""StyleGAN2 in plain PyTorch: its three operations, its generator, and its checkpoint files."""
+"""StyleGAN2 in plain PyTorch: its three operations and its generator."""
 
 from .bias_act import bias_act
-from .checkpoints import CheckpointError, load_generator, save_generator
 from .generator import Generator
 from .modulated_conv import modulated_conv2d
 from .upfirdn2d import upfirdn2d
@@ -15,3 +14,12 @@ __all__ = [
     "save_generator",
     "upfirdn2d",
 ]
+
+
+def __getattr__(name):
+    """`from stylegan2_ops import load_generator`, where it was before checkpoints/ was."""
+    if name not in ("CheckpointError", "load_generator", "save_generator"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import checkpoints
+
+    return getattr(checkpoints, name)

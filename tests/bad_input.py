@@ -31,8 +31,8 @@ import torch
 from PIL import Image
 
 import ipl
+from checkpoints import save_generator
 from cli import run_folder
-from stylegan2_ops import save_generator
 from stylegan2_ops.generator import Generator
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from nvidia_pickles import nvidia_pickle
 
-from stylegan2_ops import CheckpointError, Generator, load_generator, save_generator
+from checkpoints import CheckpointError, load_generator, save_generator
+from stylegan2_ops import Generator
 
 SECONDS, BYTES = 2, 2**30  # of CPU time, of memory
 GOLDEN = Path(__file__).parent / "golden"

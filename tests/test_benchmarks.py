@@ -11,7 +11,7 @@ import torch
 
 import ipl
 from benchmarks import growth, published_order, step, worlds
-from stylegan2_ops import load_generator
+from checkpoints import load_generator
 
 GOLDEN = Path(__file__).parent / "golden"
 CFG = ipl.Config(

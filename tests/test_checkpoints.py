@@ -9,8 +9,9 @@ import pytest
 import safetensors
 import torch
 
-from stylegan2_ops import CheckpointError, Generator, load_generator, save_generator
-from stylegan2_ops.checkpoints import write_whole
+from checkpoints import CheckpointError, load_generator, save_generator
+from checkpoints.files import write_atomically
+from stylegan2_ops import Generator
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "rosinality_tiny.pt"
@@ -100,9 +101,9 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError):
-        write_whole(path, broken)
+        write_atomically(path, broken)
     assert os.listdir(tmp_path) == ["file.txt"] and path.read_text() == "old"
-    write_whole(path, lambda aside: aside.write_text("new"))
+    write_atomically(path, lambda aside: aside.write_text("new"))
     assert os.listdir(tmp_path) == ["file.txt"] and path.read_text() == "new"
 
 

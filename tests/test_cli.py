@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import ipl
-from cli import process
-from stylegan2_ops import load_generator
+from checkpoints import load_generator
+from cli import processes
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -354,7 +354,7 @@ def test_help_names_every_field(capsys):
 
 FAULTS = """
 import resource, sys, torch
-from cli.process import keep_memory
+from cli.processes import keep_memory
 
 keep_memory(sys.argv[1] == "keep")
 counts = []
@@ -385,6 +385,6 @@ def test_large_tensors_get_the_memory_of_those_before():
 
 def test_a_run_keeps_memory(monkeypatch):
     calls = []
-    monkeypatch.setattr(process, "keep_memory", lambda: calls.append(True))
-    process.make_all([], None)
+    monkeypatch.setattr(processes, "keep_memory", lambda: calls.append(True))
+    processes.make_all([], None)
     assert calls == [True]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ipl
-from stylegan2_ops import CheckpointError, download, load_generator
+from checkpoints import CheckpointError, download, load_generator
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "rosinality_tiny.pt"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ipl
-from stylegan2_ops import Generator, load_generator
+from checkpoints import load_generator
+from stylegan2_ops import Generator
 
 GOLDEN = Path(__file__).parent / "golden"
 IO = torch.load(GOLDEN / "rosinality_tiny_io.pt", weights_only=True)

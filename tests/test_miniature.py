@@ -11,10 +11,11 @@ import torch
 
 import ipl
 import miniature
-from miniature import captions, evaluate, faces, inspect, train_clip
+from checkpoints import load_generator
+from miniature import captions, evaluate, faces, inspect
 from miniature.judge import load_judge
-from miniature.train_generator import CROSSOVER
-from stylegan2_ops import load_generator
+from miniature.train import clip as train_clip
+from miniature.train.generator import CROSSOVER
 
 
 def rng(seed=0):

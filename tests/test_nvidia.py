@@ -8,9 +8,10 @@ import pytest
 import torch
 from nvidia_pickles import Call, dumps, module, nvidia_module, nvidia_pickle
 
-from stylegan2_ops import CheckpointError, Generator, load_generator, save_generator
-from stylegan2_ops.checkpoints import read_checkpoint
-from stylegan2_ops.nvidia import _names
+from checkpoints import CheckpointError, load_generator, save_generator
+from checkpoints.nvidia import _names
+from checkpoints.stylegan2 import read_checkpoint
+from stylegan2_ops import Generator
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = {  # file: its golden numbers

@@ -11,8 +11,9 @@ import pytest
 import torch
 from nvidia_pickles import dumps, module, nvidia_module
 
-from stylegan2_ops import CheckpointError, Generator, load_generator
-from stylegan2_ops.pickles import MAX_OPERATIONS
+from checkpoints import CheckpointError, load_generator
+from checkpoints.pickles import MAX_OPERATIONS
+from stylegan2_ops import Generator
 
 TINY = Path(__file__).parent / "golden" / "rosinality_tiny.pt"
 

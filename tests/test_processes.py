@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # torchrun knows no pytest
 
 import ipl  # noqa: E402
-from cli import process  # noqa: E402
-from stylegan2_ops import load_generator  # noqa: E402
+from checkpoints import load_generator  # noqa: E402
+from cli import processes  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 WORLD = ["--generator", str(GOLDEN / "rosinality_tiny.pt"), "--clip", str(GOLDEN / "clip_tiny.pt")]
@@ -65,7 +65,7 @@ CASES = [("ipl", "adaptive"), ("nada", "all")]
 
 if __name__ == "__main__":
     torch.manual_seed(int(os.environ["RANK"]))  # what ranks share comes from their arguments alone
-    process.join(torch.device("cpu"))
+    processes.join(torch.device("cpu"))
     found = [one_step(*case) for case in CASES]
     torch.save(found, f"{sys.argv[1]}/{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ipl
-from cli import process, run_folder
+from cli import processes, run_folder
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -251,7 +251,7 @@ def test_a_signal_while_the_last_step_is_saved(whole, tmp_path, monkeypatch, cap
 def test_signals_that_are_ignored_stay_so(tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with process.deferred_signals() as received:
+        with processes.deferred_signals() as received:
             os.kill(os.getpid(), signal.SIGINT)
         assert not received
     finally:
@@ -383,7 +383,7 @@ def test_deterministic_asks_torch_and_says_where_it_cannot(tmp_path, monkeypatch
 
 
 def test_a_picture_does_not_depend_on_those_beside_it(whole):
-    from stylegan2_ops import load_generator
+    from checkpoints import load_generator
 
     generator = load_generator(whole / "generator.pt")
     z = ipl.sample_latents(6, generator.z_dim, seed=3)

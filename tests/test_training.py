@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ipl
-from stylegan2_ops import load_generator
+from checkpoints import load_generator
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = ipl.Config(noise="fixed", num_layers=4, batch_mapper=4, batch=2)

@@ -6,7 +6,7 @@ What their modules, tensors and attributes mean is in the published `training/ne
 
 import re
 
-from .pickles import CheckpointError, Module, some
+from checkpoints.pickles import CheckpointError, Module, some
 
 # Attributes by which a layer would not be ours; one that is not in the file has this value.
 _WANTED = {

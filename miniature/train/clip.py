@@ -1,4 +1,4 @@
-"""Train the CLIP of the miniature world: ``python -m miniature.train_clip``.
+"""Train the CLIP of the miniature world: ``python -m miniature.train.clip``.
 
 OpenAI's architecture and file format (ModifiedResNet, width 16; text width 128, 3 layers, the real
 BPE vocabulary, 77 positions). The recipe has two aims.
@@ -50,7 +50,7 @@ class Config:
     token_noise: float = 0.2  # Random noise on token embeddings, whose rows start at rms 1.
     seed: int = 0  # Of the weights, the batches and the pool (plus one).
     threads: int = 0  # CPU threads; 0 is torch's choice.
-    out: Path = Path(__file__).parent / "weights" / "clip.pt"  # The checkpoint, in OpenAI's format.
+    out: Path = Path(__file__).parents[1] / "weights" / "clip.pt"  # The checkpoint, in OpenAI's format.
     state: Path = Path("runs/train_clip.pt")  # Resumed from when it exists; beside the pool.
 
 

@@ -7,8 +7,8 @@ write to such a name, and OSError if it cannot write at all.
 
 from pathlib import Path
 
-from .checkpoints import TRAINING, empty_generator, read_checkpoint, write_checkpoint
-from .pickles import some
+from checkpoints.pickles import some
+from checkpoints.stylegan2 import TRAINING, empty_generator, read_checkpoint, write_checkpoint
 
 
 def convert(source: str, target: Path, /):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .pickles import CheckpointError
+from checkpoints.pickles import CheckpointError
 
 ATTEMPTS = 4  # without progress
 PAUSE = 0.5  # seconds before the second of them, and twice as long before each that follows

@@ -12,7 +12,6 @@ import inspect
 import io
 import json
 import math
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -21,9 +20,10 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
-from .generator import Generator
-from .nvidia import read_nvidia
-from .pickles import CheckpointError, Module, read_pickled, some, tensor_reader
+from checkpoints.files import write_atomically
+from checkpoints.nvidia import read_nvidia
+from checkpoints.pickles import CheckpointError, Module, read_pickled, some, tensor_reader
+from stylegan2_ops.generator import Generator
 
 # What training runs keep beside the generator: those of rosinality and NADA, those of NVIDIA.
 TRAINING = {"g", "d", "g_optim", "d_optim", "args", "ada_aug_p", "iter"}
@@ -94,7 +94,7 @@ def read_checkpoint(path):
     """Read a Checkpoint, from a file or a URL. Nothing is computed; errors as `load_generator`."""
     if not str(path).startswith(("http://", "https://")):
         return _read_file(path)
-    from .download import download  # which needs a POSIX system
+    from checkpoints.download import download  # which needs a POSIX system
 
     url, file = str(path), download(str(path))
     try:
@@ -157,28 +157,7 @@ def write_checkpoint(checkpoint, path):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         data = buffer.getbuffer()
-    write_whole(path, lambda aside: aside.write_bytes(data))
-
-
-def write_whole(path, write):
-    """write(file aside), flush it to the disk, rename: `path` appears whole or not at all.
-
-    Raises OSError, with `path` as its file.
-    """
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # else the new name may be lost with the power
-        os.close(folder)
-    except OSError as error:  # which names the file aside, or none
-        words = f"cannot be written: {error.strerror or error}"
-        raise OSError(error.errno, words, str(path)) from error
-    finally:
-        aside.unlink(missing_ok=True)
+    write_atomically(path, lambda aside: aside.write_bytes(data))
 
 
 def misfit_of(config):

@@ -1,4 +1,4 @@
-"""Train the photo-domain StyleGAN2 of the miniature world: ``python -m miniature.train_generator``.
+"""Train the photo-domain StyleGAN2 of the miniature world: ``python -m miniature.train.generator``.
 
 Two regressions, no discriminator. *Synthesis*: the code w of a random person must give that
 person's photo (L1 of pixels and of their differences). An eighth of each batch mixes two codes, so
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
+from checkpoints import save_generator
 from miniature import faces
-from stylegan2_ops import Generator, save_generator
+from stylegan2_ops import Generator
 
 CHANNELS = {4: 128, 8: 128, 16: 96, 32: 64, 64: 32}
 # Style inputs below this one carry shape (4 to 16 pixels), the others colour (32 and 64 pixels).
@@ -34,7 +35,7 @@ class Config:
     mapping_lr: float = 8.0  # Peak rate of the mapping network (its layers run at 0.01 of it).
     seed: int = 0  # Of the weights and the batches.
     threads: int = 0  # CPU threads; 0 is torch's choice.
-    out: Path = Path(__file__).parent / "weights" / "photo.pt"  # The generator.
+    out: Path = Path(__file__).parents[1] / "weights" / "photo.pt"  # The generator.
     state: Path = Path("runs/train_generator.pt")  # Resumed from when it exists.
 
 

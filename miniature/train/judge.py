@@ -1,4 +1,4 @@
-"""Train the judge of the miniature world: ``python -m miniature.train_judge``.
+"""Train the judge of the miniature world: ``python -m miniature.train.judge``.
 
 Supervised by the renderer's own labels, on pure domains and mixtures, with blur, noise and
 photometric changes so that none of these passes for a domain. Its data draw (seed) is not the
@@ -26,7 +26,7 @@ class Config:
     lr: float = 1.5e-3  # Peak rate, cosine to 0.
     seed: int = 777  # Of the weights and the pictures; not the CLIP's.
     threads: int = 0  # CPU threads; 0 is torch's choice.
-    out: Path = Path(__file__).parent / "weights" / "judge.pt"  # The judge, in half precision.
+    out: Path = Path(__file__).parents[1] / "weights" / "judge.pt"  # The judge, in half precision.
 
 
 def labelled_pictures(n, rng):

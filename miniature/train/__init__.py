@@ -1,0 +1,1 @@
+"""How the networks of the miniature world were trained: one command a file."""
