@@ -4,8 +4,8 @@ A generator of one domain ("photo") learns another ("anime") from the two words 
   1. a mapper F turns each latent w into m prompt vectors, P = F(w): a prompt for every image;
   2. stage 1 trains F: "[P] photo" must match the image of w, and "[P] anime" must mean anime;
   3. the step from "[P] photo" to "[P] anime" in CLIP's text space is that image's own direction;
-  4. stage 2 trains a copy of the generator: its images must move that way in CLIP's image space;
-  5. NADA, the baseline, is the same second stage with one direction for all images.
+  4. stage 2 trains a copy of the generator: its images must move that way in CLIP's image space.
+NADA, the baseline, is the same second stage with one direction for all images.
 
     z --G.mapping--> w --F--> P --[SOS] P label [EOT]--> E_T --> t_source, t_target
                      +--G_source.synthesis--> x_source --> E_I --+  stage 1: contrastive + domain
@@ -25,9 +25,8 @@ R resolution, W = num_ws, the number of w inputs of the synthesis network.
  (8) top k of mean |change of W+|                         select_layers       05_stage2
  (9) L_stage2 over G_target, and its moving average       adapt_generator     05_stage2
 
-Run it: `python ipl.py --source photo --target anime`; `--help` (the commands are in cli/).
-Copy it: the file needs torch, numpy, tqdm and clip, and a generator that keeps the protocol of
-section 1; `adapt` is both stages.
+Run it: `python ipl.py --source photo --target anime`, or `--help`; the commands are in cli/.
+Copy it: it needs torch, numpy, tqdm and clip; `adapt` does both stages with a generator of yours.
 
 Where it departs from the published code (its file:line in brackets)
  1. Residual prompts. There the feature of a fixed text is added to that of the learned prompt: of
@@ -69,15 +68,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+
 # -- 0. Configuration. The defaults are the published values; the comments are the --help texts ----
-
-
 @dataclass(frozen=True)
 class Config:
     source: str = "photo"  # What the generator draws, in words.
     target: str = "anime"  # What it shall draw, in words.
-    # Image-specific prompts; or NADA's one direction for all images, which needs no stage 1.
-    method: Literal["ipl", "nada"] = "ipl"
+    method: Literal["ipl", "nada"] = "ipl"  # Own prompts for each image; or one direction for all.
     clip_weights: tuple[float, ...] = ()  # Weight of each CLIP in stage 2; else 1.
 
     n_ctx: int = 4  # Prompts: number of learned vectors, m.
@@ -95,10 +92,8 @@ class Config:
     steps: int = 300  # Stage 2: number of steps.
     ema: float = 0.99  # Stage 2: decay of the moving average, which is the result.
     eps: float = 0.0  # Stage 2: smooths |delta_image| near 0; deviation 3 of ipl.py.
-    # Synthesis noise of both stages: drawn anew for every image, or the generator's own.
-    noise: Literal["fresh", "fixed"] = "fresh"
-    # Stage 2: the same random crop of source and target image, by up to this part of the side.
-    crop: float = 0.0
+    noise: Literal["fresh", "fixed"] = "fresh"  # Of synthesis: anew for each image, or its own.
+    crop: float = 0.0  # Stage 2: the same random crop of both images, by up to this part.
     layers: Literal["adaptive", "all"] = "adaptive"  # Stage 2: layers trained in each step.
     num_layers: int | None = None  # Adaptive choice: how many. None: two thirds.
     layer_batch: int = 8  # Adaptive choice: number of latents.
@@ -113,8 +108,6 @@ class Config:
 
 
 # -- 1. What we need of a generator, and of the program around us ----------------------------------
-
-
 class Generator(Protocol):
     """An nn.Module in eval mode with these attributes and methods; `check_generator` looks."""
 
@@ -137,8 +130,7 @@ class Generator(Protocol):
 
 @contextlib.contextmanager
 def plain_torch():
-    """Inside, torch is as it starts, whatever the caller's program has set: float32 on the CPU,
-    gradients, no autocast, no inference_mode."""
+    """Inside, torch is as it starts, whatever the program around has set: dtype, device, modes."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -152,26 +144,24 @@ def plain_torch():
 @plain_torch()
 @torch.no_grad()
 def check_generator(generator):
-    """Hold an object to the protocol of `Generator`, by two images of it.
-
-    Raises ValueError, in one sentence: for other shapes or numbers of layers, images that are not
-    finite or not in [-1, 1], others from [B, W, w_dim] with equal rows than from [B, w_dim],
-    weights that are not plain float32, and training mode.
+    """Hold an object to the protocol of `Generator`, by two images of it: shapes, finite images in
+    [-1, 1], the same from W equal w, W layers(), float32, eval mode; or ValueError, one sentence.
     """
     try:
         W, R, w_dim = generator.num_ws, generator.resolution, generator.w_dim
         z = torch.randn(2, generator.z_dim, generator=torch.Generator().manual_seed(0))
         w = generator.mapping(z.to(generator.w_avg))
         x, x_plus = generator.synthesis(w), generator.synthesis(w[:, None].repeat(1, W, 1))
-        shapes = tuple(w.shape), tuple(x.shape), len(generator.layers())
+        shapes, wanted = (w.shape, x.shape), ((2, w_dim), (2, 3, R, R))
         low, high, apart = x.min().item(), x.max().item(), (x_plus - x).abs().mean().item()
         kinds = {(p.dtype, p.is_inference()) for p in generator.parameters()}
+        layers = generator.layers()
     except (AttributeError, TypeError, RuntimeError, LookupError, ValueError) as error:
         found = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"generator does not fit ipl.Generator: {found}") from error
-    wanted = (2, w_dim), (2, 3, R, R), W
     for fits, problem in (
-        (shapes == wanted, f"w, images and layers() are {shapes}; wanted: {wanted}"),
+        (shapes == wanted, f"w and images are {[*map(list, shapes)]}; wanted: {wanted}"),
+        (len(layers) == W, f"{len(layers)} layers(); wanted: num_ws, {W}"),
         (math.isfinite(low + high), "its images are not finite"),
         (low < 0 and high - low < 50, f"its images lie in [{low:.3g}, {high:.3g}], not [-1, 1]"),
         (apart < 0.01, "a w for each layer, all alike, draws another image than one w for all"),
@@ -213,11 +203,10 @@ def openai_clip():
 
 @plain_torch()
 def load_clip(name_or_path, device="cpu"):
-    """A CLIP, frozen and in float32 (deviation 5), and its transform of images.
+    """A CLIP, frozen and in float32 (deviation 5), and its transform of images; or ValueError.
 
     A name goes to clip.load, which downloads the model once. A file of a state dict under OpenAI's
-    key names, or such a dict itself, is read as tensors alone: clip.load would compile and run an
-    archive's code. Raises ValueError, of one line.
+    key names, or such a dict, is read as tensors alone; clip.load would run an archive's code.
     """
     clip, state = openai_clip(), name_or_path
     try:
@@ -232,11 +221,10 @@ def load_clip(name_or_path, device="cpu"):
     except Exception as error:  # whatever a download or a foreign file can raise
         if "memory" in str(error):
             raise
-        found = "state dict" if isinstance(name_or_path, dict) else repr(str(name_or_path))
+        name = "state dict" if isinstance(name_or_path, dict) else repr(str(name_or_path))
+        found = f"CLIP {name} cannot be loaded ({type(error).__name__})"
         wanted = f"OpenAI's names or, when online, one of {', '.join(clip.available_models())}"
-        why = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
-        found += f" cannot be loaded ({why})"
-        raise ValueError(f"CLIP {found}; wanted: tensors under {wanted}") from error
+        raise ValueError(f"{found}; wanted: tensors under {wanted}") from error
     clip_model = clip_model.float().requires_grad_(False).eval().to(device)
     return clip_model, lambda images: clip_transform(images, clip_model.visual.input_resolution)
 
@@ -263,19 +251,10 @@ def half_precision(cfg, tensor, *parts):
     return torch.autocast(tensor.device.type, kind, enabled=cfg.autocast in parts)
 
 
-def synthesize(cfg, generator, w, rng=None):
-    """generator.synthesis, or that in half precision."""
-    with half_precision(cfg, w, "all"):
-        return generator.synthesis(w, rng=rng).float()
-
-
 def image_encoder(clip_model, transform, cfg=None):
-    """E_I: a function of images [B, 3, R, R] in [-1, 1] -> features [B, e], not normalised.
-
-    Raises ValueError for a CLIP that is not in float32, such as clip.load leaves it on a GPU.
-    """
+    """E_I: a function of images [B, 3, R, R] in [-1, 1] -> features [B, e], not normalised."""
     cfg, encode, weight = cfg or Config(), clip_model.encode_image, clip_model.text_projection
-    if weight.dtype != torch.float32 or weight.is_inference():
+    if weight.dtype != torch.float32 or weight.is_inference():  # as clip.load has it on a GPU
         raise ValueError(f"clip_model is in {weight.dtype}; wanted: float32, as by ipl.load_clip")
     if cfg.compile:  # on a GPU, in CUDA graphs
         encode = torch.compile(encode, mode="reduce-overhead" if weight.is_cuda else "default")
@@ -288,14 +267,10 @@ def image_encoder(clip_model, transform, cfg=None):
 
 
 # -- 3. The latent mapper --------------------------------------------------------------------------
-
-
 class LatentMapper(nn.Module):
-    """F of equation (1): w -> P, a prompt for each image; shaped as StyleGAN's mapping network.
-
-    Pixel norm, then four linear layers with equalised learning rate (multiplier 0.01), each
-    followed by leaky ReLU (slope 0.2, gain sqrt(2)) - the last one too, as published.
-    To keep one, and to have it again, as LatentMapper(w_dim, n_ctx, ctx_dim):
+    """F of equation (1), w -> P, in the shape of StyleGAN's mapping network: pixel norm, then four
+    linear layers with equalised learning rate (multiplier 0.01), each followed by leaky ReLU (slope
+    0.2, gain sqrt(2)) - the last one too, as published. To save one, and to load it again:
         torch.save(mapper.state_dict(), "mapper.pt")
         mapper.load_state_dict(torch.load("mapper.pt", weights_only=True))
     """
@@ -324,8 +299,7 @@ class LatentMapper(nn.Module):
 
 # -- 4. Prompts ------------------------------------------------------------------------------------
 
-# The templates of OpenAI's CLIP notebook (MIT), each with * = a and the; 79 as published, which is
-# without "a photo of many {}."
+# Of OpenAI's CLIP notebook (MIT), * = a and the; 79, as published: no "a photo of many {}."
 TEMPLATES = """\
 a bad photo of * {}.
 a sculpture of * {}.
@@ -384,8 +358,8 @@ def tokenize(clip_model, texts):
 def encode_embeddings(clip_model, x, eot):
     """CLIP's text encoder from the embeddings on: x [N, L, d], eot [N] -> features [N, e].
 
-    The same as clip_model.encode_text, at any length L. Attention is causal: nothing behind EOT
-    can change the feature that is read there, so padding to 77 tokens only costs time.
+    Attention is causal: nothing behind EOT can change the feature that is read there, so that
+    padding to 77 tokens, as in clip_model.encode_text, would only cost time (deviation 8).
     """
     N, L, _ = x.shape
     x = x + clip_model.positional_embedding[:L]
@@ -406,10 +380,7 @@ def encode_texts(clip_model, texts):
 
 
 def construct_prompts(clip_model, ctx, label):
-    """[SOS] ctx label [EOT] as embeddings: ctx [B, n_ctx, d] -> [B, L, d].
-
-    Raises ValueError if that is longer than CLIP reads.
-    """
+    """[SOS] ctx label [EOT] as embeddings: ctx [B, n_ctx, d] -> [B, L, d]; ValueError, if long."""
     B, n_ctx, _ = ctx.shape
     tokens, _ = tokenize(clip_model, label)  # [1, L - n_ctx]
     L, limit = n_ctx + tokens.shape[1], clip_model.context_length
@@ -456,8 +427,6 @@ def prompt_features(cfg, clip_model, mapper, stage):
 
 
 # -- 5. Losses: a function for each equation, on features [B, e] of any scale ----------------------
-
-
 def feature_delta(source_features, target_features):
     """delta of equation (6), [B, e]: the step between two features, of images or of texts."""
     return F.normalize(target_features, dim=-1) - F.normalize(source_features, dim=-1)
@@ -483,9 +452,8 @@ def domain_loss(text_features, label_feature):
 def directional_loss(delta_image, delta_text, eps=0.0):
     """L_stage2, equation (7): each image's step in CLIP's space goes along its text's; both [B, e].
 
-    eps = 0 is the published loss, 0/0 for equal images. Near them its gradient grows as
-    1 / |delta_image|, and Adam, which remembers the largest, then hardly moves for thousands of
-    steps; with eps > 0 the gradient stays below 1 / eps (deviation 3).
+    With eps = 0, as published, the gradient near equal images grows as 1 / |delta_image|, and Adam,
+    which remembers it, then hardly moves; eps > 0 keeps it below 1 / eps (deviation 3).
     """
     delta_text = F.normalize(delta_text, dim=-1)
     length = (delta_image.square().sum(dim=-1) + eps**2).sqrt()  # [B]
@@ -493,15 +461,12 @@ def directional_loss(delta_image, delta_text, eps=0.0):
 
 
 # -- 6. Layer choice -------------------------------------------------------------------------------
-
-
 def select_layers(generator, text_loss, w, k, *, lr=0.01, rng=None, at_once=8):
     """The k of W inputs that matter most for a text, equation (8): indices, and the weights [W].
 
-    Take one step of SGD on the W+ codes of some images w [N, w_dim] towards the text: the inputs
-    that move furthest are those whose layers can bring it. That step is -lr * gradient, and only
-    W+ needs a gradient, no weight of the generator (deviation 8). No image's gradient depends on
-    another's: only at_once of them are in memory. text_loss: images -> their mean loss, a scalar.
+    One step of SGD, -lr * gradient, on the W+ codes of images w [N, w_dim] towards the text moves
+    those inputs furthest whose layers can bring it. text_loss: images -> their mean loss, a scalar.
+    No image's gradient depends on another's: at_once of them are in memory (deviation 8).
     """
     weights = 0
     for codes in w.split(at_once):
@@ -515,21 +480,13 @@ def select_layers(generator, text_loss, w, k, *, lr=0.01, rng=None, at_once=8):
 
 
 # -- 7. Many processes: each draws the whole batch, works on its own rows, gathers features --------
-
-
 def ranks():
-    """Which process of how many this is."""
+    """Which process of how many this is; `x.unflatten(0, (processes, -1))[rank]` are its rows."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def own(x):
-    """This process's rows of a batch that all have drawn alike."""
-    return x.unflatten(0, (ranks()[1], -1))[ranks()[0]]
-
-
 def gather(x):
-    """The rows [B, e] of all processes. A gradient flows into one's own alone: the sum of all
-    processes' gradients is that of one process with the whole batch."""
+    """All processes' rows [B, e], of which only one's own have a gradient: so it can be summed."""
     rank, processes = ranks()
     if processes == 1:
         return x
@@ -546,13 +503,9 @@ def sum_over_processes(tensors):
 
 
 # -- 8. What both training loops share -------------------------------------------------------------
-
-
 def progress(stage, total, state, done=0):
-    """The steps of a loop, one by one, with a bar, or with lines where there is no terminal.
-
-    It is what the loops take as `steps`. state: what is trained, by name; state["history"] has a
-    row for each step done. Another generator of steps can look on:
+    """The steps of a loop, with a bar or, where there is no terminal, lines. It is the `steps` of
+    both loops; state is what they train, by name. Another generator of steps can look on:
         def watch(stage, total, state):
             for step in ipl.progress(stage, total, state):
                 yield step
@@ -580,20 +533,17 @@ def random_inputs(cfg, generator, rng, draw_z=None):
     """
     device, seed = generator.w_avg.device, int(torch.randint(2**31, (), generator=rng))
     draw_z = draw_z or (lambda n: torch.randn(n, generator.z_dim, generator=rng))
+    rank, processes = ranks()
 
     def noise_of(step):
-        if cfg.noise == "fresh":
-            rank, processes = ranks()  # deviation 10
+        if cfg.noise == "fresh":  # deviation 10
             return torch.Generator(device).manual_seed(seed + step * processes + rank)
 
-    return lambda n: own(draw_z(n)).to(device), noise_of
+    return lambda n: draw_z(n).unflatten(0, (processes, -1))[rank].to(device), noise_of
 
 
 def finite_row(wanted, **row):
-    """A row of the history: its scalar tensors as numbers, for which the device is waited for once.
-
-    Raises FloatingPointError for a loss or gradient that is not finite.
-    """
+    """A row with its scalar tensors as numbers; or FloatingPointError: loss, gradient not finite."""
     tensors = {name: x.detach() for name, x in row.items() if torch.is_tensor(x)}
     row |= zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True)
     for name in ("loss", "grad_norm"):
@@ -604,13 +554,11 @@ def finite_row(wanted, **row):
 
 
 # -- 9. Stage 1: the mapper learns -----------------------------------------------------------------
-
-
 @torch.no_grad()
 def accuracy(image_features, text_features):
     """The share of images [B, e] whose own text [B, e] is the nearest; by chance, 1 / B."""
-    similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
-    return (similarity.argmax(dim=1).cpu() == torch.arange(len(similarity))).float().mean()
+    similar = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
+    return (similar.argmax(dim=1).cpu() == torch.arange(len(similar))).float().mean()
 
 
 @plain_torch()
@@ -619,14 +567,12 @@ def train_mapper(
 ):
     """Stage 1, equation (5) -> the mapper of one CLIP, and a history, a row for each step.
 
-    With several CLIPs, call it for each. Adam does not see the scale of a loss, so that a weighted
-    sum of their losses would train each of their mappers, which share nothing, as its own does.
+    With several CLIPs, call it for each: their mappers share nothing.
     rng: a torch.Generator on the CPU, the only source of randomness. mapper: where to start, else
     a new one. draw_z: n -> z [n, z_dim], else normal; as `lambda n: bank[:n]`. steps: `progress`.
     A row: {"stage": 1, "step": 0, "loss": 4.2, "contrastive": 3.4, "domain": 0.8,
     "domain_source": 0.7, "accuracy": 0.03, "grad_norm": 0.1}.
-    Raises FloatingPointError when loss or gradient stop being finite, and ValueError for a
-    generator, CLIP or Config with which this cannot be done.
+    Raises FloatingPointError when loss or gradient stop being finite, ValueError for arguments.
     """
     check_config(cfg)
     check_generator(generator)
@@ -647,7 +593,9 @@ def train_mapper(
     for step in steps(1, cfg.steps_mapper, state):
         with torch.no_grad():
             w = generator.mapping(draw(cfg.batch_mapper))
-            image_features = gather(E_I(synthesize(cfg, generator, w, noise_of(step))))
+            with half_precision(cfg, w, "all"):
+                x_source = generator.synthesis(w, rng=noise_of(step)).float()
+            image_features = gather(E_I(x_source))
         t_source, t_target = map(gather, features_of(w))
         contrastive = contrastive_loss(image_features, t_source, logit_scale)
         domain = domain_loss(t_target, label_target)
@@ -665,9 +613,8 @@ def train_mapper(
         ))  # fmt: skip
         optimizer.step()
     if (share := np.mean([row["accuracy"] for row in history[-10:]])) < 2 / cfg.batch_mapper:
-        found = f"{share:.0%} of {cfg.batch_mapper} images find their own prompt"
-        wanted = "more steps_mapper, or another lr_mapper"
-        warnings.warn(f"stage 1 learned little: {found}; wanted: {wanted}", stacklevel=3)
+        found = f"stage 1 learned little: {share:.0%} of the images find their own prompt"
+        warnings.warn(f"{found}; wanted: more steps_mapper, or another lr_mapper", stacklevel=3)
     return mapper, history
 
 
@@ -689,10 +636,11 @@ def label_direction(cfg, clip_model):
 
 
 def random_windows(n, crop, rng):
-    """n square windows that lose up to `crop` of the side: affine maps [n, 2, 3] of the grid."""
+    """This process's of n square windows less up to `crop` of the side: affine maps [., 2, 3]."""
     scale = 1 - crop * torch.rand(n, 1, generator=rng)
     shift = (1 - scale) * (2 * torch.rand(n, 2, generator=rng) - 1)
-    return torch.cat([torch.diag_embed(scale.expand(n, 2)), shift[:, :, None]], dim=2)
+    windows = torch.cat([torch.diag_embed(scale.expand(n, 2)), shift[:, :, None]], dim=2)
+    return windows.unflatten(0, (ranks()[1], -1))[ranks()[0]]
 
 
 def crop_images(images, windows):
@@ -711,11 +659,10 @@ def adapt_generator(
     """Stage 2, equation (9) -> the moving average of the adapted generator, and a history.
 
     clips: (clip_model, transform) of each CLIP; their losses are summed, with cfg.clip_weights.
-    directions: a direction for each, of prompt_directions, label_direction, or yours.
+    directions: one for each, of prompt_directions, label_direction, or yours.
     target: what to train, in place; else a copy of the generator, which itself stays as it is.
-    layers: its W modules that w inputs choose, else target.layers(). rng, draw_z, steps: as in
-    stage 1; in each step the images' z is drawn before that of the layer choice. The average starts
-    at `generator`, and is state["average"].module while it is trained.
+    layers: the W modules to choose from, else target.layers(). rng, draw_z, steps: as in stage 1;
+    the images' z is drawn before that of the layer choice. The average starts at `generator`.
     A row: {"stage": 2, "step": 0, "loss": 0.9, "delta_image_norm": 0.2, "layers": [0, 3],
     "grad_norm": 1.5}. Raises FloatingPointError and ValueError, as stage 1.
     """
@@ -756,6 +703,8 @@ def adapt_generator(
     state = {"target": target, "average": average, "optimizer": optimizer, "rng": rng}
     for step in steps(2, cfg.steps, state | {"history": history, "layers": chosen}):
         z, noise = draw(cfg.batch), noise_of(step)
+        with torch.no_grad():
+            w = source.mapping(z)
         target.requires_grad_(False)
         if cfg.layers == "adaptive" and k < num_ws and step % cfg.layer_every == 0:
             with torch.no_grad():
@@ -768,11 +717,11 @@ def adapt_generator(
             for p in trainable[j]:
                 p.requires_grad_()
 
-        windows = own(random_windows(cfg.batch, cfg.crop, rng)) if cfg.crop else None  # deviation 9
-        with torch.no_grad():
-            w = source.mapping(z)
-            x_source = synthesize(cfg, source, w, noise)
-        x_target = synthesize(cfg, target, w, noise)
+        windows = random_windows(cfg.batch, cfg.crop, rng) if cfg.crop else None  # deviation 9
+        with half_precision(cfg, w, "all"):
+            with torch.no_grad():
+                x_source = source.synthesis(w, rng=noise).float()
+            x_target = target.synthesis(w, rng=noise).float()
         loss, lengths = 0, []
         for E_I, direction, weight in zip(encoders, directions, weights, strict=True):
             with torch.no_grad():
@@ -799,14 +748,13 @@ def adapt_generator(
 
 
 def adapt(cfg, generator, clips, *, rng, steps=progress):
-    """Both stages -> the adapted generator, the mappers, the history; no folder and no file.
+    """Both stages -> the adapted generator, a mapper for each CLIP (none for NADA), the history.
 
-        clips = [ipl.load_clip("ViT-B/32", device)]  # one, or several
+        clips = [ipl.load_clip("ViT-B/32", device)]  # of several, rows of stage 1 have a "clip"
         rng = torch.Generator().manual_seed(0)
         adapted, mappers, history = ipl.adapt(ipl.Config(), generator, clips, rng=rng)
 
-    Each CLIP has a mapper of its own, NADA has none; of several, rows of stage 1 name the "clip" by
-    its place. rng, steps: as in train_mapper, which names the errors.
+    rng, steps: as in train_mapper, which names the errors.
     """
     mappers, directions, history = [], [], []
     for i, (clip_model, transform) in enumerate(clips):
@@ -822,8 +770,6 @@ def adapt(cfg, generator, clips, *, rng, steps=progress):
 
 
 # -- 11. Samples -----------------------------------------------------------------------------------
-
-
 def sample_latents(n, z_dim, seed):
     """z [n, z_dim], row after row from one seed: sample i is the same for every n."""
     z = np.random.default_rng(seed).standard_normal((n, z_dim), dtype=np.float32)
@@ -847,6 +793,9 @@ def sample_grid(source, target, *, n=8, seed=0, truncation_psi=0.7, columns=8):
 
 if __name__ == "__main__":
     sys.modules["ipl"] = sys.modules["__main__"]  # what cli imports as ipl: not executed twice
-    from cli import main
-
+    try:
+        from cli import main
+    except ModuleNotFoundError as error:
+        wanted = "the whole repository, and pip install -r requirements.txt"
+        raise SystemExit(f"ipl.py: there is no {error.name}; wanted: {wanted}") from None
     main()
