@@ -10,7 +10,6 @@ NADA, the baseline, is the same second stage with one direction for all images.
     z --G.mapping--> w --F--> P --[SOS] P label [EOT]--> E_T --> t_source, t_target
                      +--G_source.synthesis--> x_source --> E_I --+  stage 1: contrastive + domain
                      +--G_target.synthesis--> x_target --> E_I --+  stage 2: directional
-
 Axes: B batch, m = n_ctx prompt vectors, d CLIP's text width, e CLIP's joint width, L tokens,
 R resolution, W = num_ws, the number of w inputs of the synthesis network.
 
@@ -162,8 +161,7 @@ def check_generator(generator):
     for fits, problem in (
         (shapes == wanted, f"w and images are {[*map(list, shapes)]}; wanted: {wanted}"),
         (len(layers) == W, f"{len(layers)} layers(); wanted: num_ws, {W}"),
-        (math.isfinite(low + high), "its images are not finite"),
-        (low < 0 and high - low < 50, f"its images lie in [{low:.3g}, {high:.3g}], not [-1, 1]"),
+        (-25 < low < 0 and high < 25, f"its images lie in [{low:.3g}, {high:.3g}], not [-1, 1]"),
         (apart < 0.01, "a w for each layer, all alike, draws another image than one w for all"),
         (kinds == {(torch.float32, False)}, "its weights are not float32, or of inference_mode"),
         (not generator.training, "it is in training mode; wanted: generator.eval()"),
@@ -222,8 +220,8 @@ def load_clip(name_or_path, device="cpu"):
         if "memory" in str(error):
             raise
         name = "state dict" if isinstance(name_or_path, dict) else repr(str(name_or_path))
-        found = f"CLIP {name} cannot be loaded ({type(error).__name__})"
         wanted = f"OpenAI's names or, when online, one of {', '.join(clip.available_models())}"
+        found = f"CLIP {name} cannot be loaded ({type(error).__name__})"
         raise ValueError(f"{found}; wanted: tensors under {wanted}") from error
     clip_model = clip_model.float().requires_grad_(False).eval().to(device)
     return clip_model, lambda images: clip_transform(images, clip_model.visual.input_resolution)
@@ -363,7 +361,7 @@ def encode_embeddings(clip_model, x, eot):
     """
     N, L, _ = x.shape
     x = x + clip_model.positional_embedding[:L]
-    causal_mask = torch.full((L, L), -math.inf, device=x.device).triu(1)
+    causal_mask = torch.full((L, L), -math.inf, device=x.device, dtype=x.dtype).triu(1)
     x = x.transpose(0, 1)  # NLD -> LND
     for block in clip_model.transformer.resblocks:  # not block(x): its own mask is 77 x 77
         y = block.ln_1(x)
@@ -488,10 +486,9 @@ def ranks():
 def gather(x):
     """All processes' rows [B, e], of which only one's own have a gradient: so it can be summed."""
     rank, processes = ranks()
-    if processes == 1:
-        return x
     rows = [torch.empty_like(x) for _ in range(processes)]
-    dist.all_gather(rows, x.detach().contiguous())
+    if processes > 1:
+        dist.all_gather(rows, x.detach().contiguous())
     rows[rank] = x
     return torch.cat(rows)
 
@@ -543,7 +540,7 @@ def random_inputs(cfg, generator, rng, draw_z=None):
 
 
 def finite_row(wanted, **row):
-    """A row with its scalar tensors as numbers; or FloatingPointError: loss, gradient not finite."""
+    """A row with its scalar tensors as numbers; FloatingPointError if loss or gradient are not."""
     tensors = {name: x.detach() for name, x in row.items() if torch.is_tensor(x)}
     row |= zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True)
     for name in ("loss", "grad_norm"):
@@ -747,6 +744,7 @@ def adapt_generator(
     return average.module, history
 
 
+@plain_torch()
 def adapt(cfg, generator, clips, *, rng, steps=progress):
     """Both stages -> the adapted generator, a mapper for each CLIP (none for NADA), the history.
 

@@ -29,7 +29,7 @@ def normal(*shape, seed=0):
 
 @pytest.fixture(scope="session")
 def golden():
-    """Numbers of the published losses and training loops (tests/golden/README.md)."""
+    """Numbers of the published losses and training loops."""
     return torch.load(GOLDEN / "ipl_losses.pt", weights_only=True)
 
 
