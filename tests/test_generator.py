@@ -164,7 +164,7 @@ def test_fresh_noise_is_drawn_from_the_given_generator_only(generator):
 
 def test_w_and_its_repetition_give_one_image(generator):
     repeated = IO["w"][:, None].repeat(1, generator.num_ws, 1)
-    assert torch.equal(generator.synthesis(repeated), generator.synthesis(IO["w"]))
+    assert_golden(generator.synthesis(repeated), generator.synthesis(IO["w"]))
 
 
 def test_copy_is_independent(generator):

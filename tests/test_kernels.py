@@ -317,9 +317,18 @@ def test_every_number_of_16_bits(dtype, device):
     y = cuda_bias_act(x[None])[0]
     assert torch.equal(y[finite].view(torch.int16), x[finite].view(torch.int16))
     assert y[~finite].isnan().all()
+    info = torch.finfo(dtype)
+    largest = info.max / (2 - info.eps) * (2 - info.eps / 2)  # from here on it is infinity
     for gain in (1 / 3, 3, 2**-10):
-        y = cuda_bias_act(x[None], gain=gain)[0]
-        torch.testing.assert_close(y, (x.float() * gain).to(dtype), rtol=0, atol=0, equal_nan=True)
+        exact = x.double() * gain
+        exact[exact.abs() >= largest] *= math.inf
+        y = cuda_bias_act(x[None], gain=gain)[0].double()
+        half = 0.5001  # of the distance between neighbours
+        close = dict(rtol=half * info.eps, atol=half * info.eps * info.tiny, equal_nan=True)
+        torch.testing.assert_close(y, exact, **close)
+    one = torch.ones(1, 1, dtype=dtype, device=device)
+    ties = [cuda_bias_act(one, gain=1 + n * info.eps / 2).item() for n in (1, 3)]
+    assert ties == [1, 1 + 2 * info.eps]
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -335,7 +344,7 @@ def test_memory_format(device):
     for function in (cuda_upfirdn2d, cuda_bias_act):
         assert function(x).is_contiguous()
         assert function(last).is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(function(x), function(last))
+        torch.testing.assert_close(function(x), function(last))
 
 
 def test_large_filter(device):
@@ -579,7 +588,7 @@ def test_without_kernels_the_reference_is_used_with_one_warning(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         upfirdn2d(x, None)
-        assert torch.equal(y, bias_act(x, act="lrelu", impl="ref"))
+        torch.testing.assert_close(y, bias_act(x, act="lrelu", impl="ref"))
     for operation in (bias_act, partial(upfirdn2d, f=None)):
         with pytest.raises(RuntimeError, match=reason):
             operation(x, impl="cuda")
