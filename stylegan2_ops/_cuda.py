@@ -65,8 +65,11 @@ def obstacle(device, dtype):
     try:
         macros = ("INT", "int"), ("PACK", 1), ("ACT", "LINEAR"), ("ORDER", 0)
         load("bias_act", (("T", TYPES[dtype]), *macros), architecture(device))
+    except ImportError as error:  # not every torch brings cuda-bindings along
+        major = (torch.version.cuda or "13").partition(".")[0]
+        return f"{error}; wanted: pip install cuda-core 'cuda-bindings=={major}.*'"
     except Exception as error:  # any failure to build must leave the reference in working order
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{type(error).__name__}: {' '.join(str(error).replace(chr(0), ' ').split())}"
 
 
 @functools.cache
