@@ -1,39 +1,25 @@
 """Section 3: the latent mapper against the published one's numbers."""
 
-from pathlib import Path
-
-import pytest
 import torch
 
 import ipl
 
-GOLDEN = torch.load(Path(__file__).parent / "golden" / "ipl_losses.pt", weights_only=True)
 
-
-@pytest.fixture
-def mapper():
-    mapper = ipl.LatentMapper(w_dim=32, n_ctx=4, ctx_dim=64)
-    for i, (weight, bias) in enumerate(zip(mapper.weights, mapper.biases, strict=True), start=1):
-        weight.data.copy_(GOLDEN["mapper_state"][f"mapping.mapping.{i}.weight"])
-        bias.data.copy_(GOLDEN["mapper_state"][f"mapping.mapping.{i}.bias"])
-    return mapper
-
-
-def test_golden(mapper):
-    g = GOLDEN["stage1"]
+def test_golden(golden, mapper):
+    g = golden["stage1"]
     ctx = mapper(g["w"])
     torch.testing.assert_close(ctx, g["prompts"], rtol=1e-4, atol=1e-5 * float(g["prompts"].max()))
     torch.testing.assert_close(ctx.flatten(1), g["mapper_out"], rtol=1e-4, atol=1e-4)
 
 
-def test_batch_permutation_permutes_the_prompts(mapper):
-    w = GOLDEN["stage1"]["w"]
+def test_batch_permutation_permutes_the_prompts(golden, mapper):
+    w = golden["stage1"]["w"]
     order = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(mapper(w[order]), mapper(w)[order])
 
 
-def test_scale_of_w_does_not_matter(mapper):
-    w = GOLDEN["stage1"]["w"]
+def test_scale_of_w_does_not_matter(golden, mapper):
+    w = golden["stage1"]["w"]
     torch.testing.assert_close(mapper(7 * w), mapper(w), rtol=1e-4, atol=1e-5)
 
 

@@ -2,27 +2,18 @@
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import close, normal, rng
 
 import ipl
-from checkpoints import load_generator
 
-GOLDEN = Path(__file__).parent / "golden"
+# these runs are too short to learn anything, and are told so
+pytestmark = pytest.mark.filterwarnings("ignore:stage 1 learned", "ignore:after . steps")
+
 PUBLISHED = ipl.Config(noise="fixed", num_layers=4, batch_mapper=4, batch=2)
-QUICK = replace(PUBLISHED, steps_mapper=3, steps=3, eps=0.1, layer_batch=2)
-
-
-def close(actual, expected, rtol=1e-4, scale=1e-5):
-    expected = torch.as_tensor(expected, dtype=torch.float32)
-    atol = scale * float(expected.detach().abs().max())
-    torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=rtol, atol=atol)
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
+QUICK = replace(PUBLISHED, steps_mapper=3, steps=3, ema=0.5, eps=0.1, layer_batch=2)
 
 
 def replay(*batches):
@@ -42,36 +33,16 @@ def published_layers(generator):
     return [generator.conv1, generator.to_rgb1, *generator.convs]
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return torch.load(GOLDEN / "ipl_losses.pt", weights_only=True)
+def towards(clip_pair, text):
+    """The text loss of select_layers, for one CLIP."""
+    E_I, feature = ipl.image_encoder(*clip_pair), ipl.encode_texts(clip_pair[0], text)[0]
+    return lambda images: ipl.domain_loss(E_I(images), feature)
 
 
-@pytest.fixture(scope="module")
-def clip_pair():
-    return ipl.load_clip(GOLDEN / "clip_tiny.pt")
-
-
-@pytest.fixture(scope="module")
-def source():
-    return load_generator(GOLDEN / "rosinality_tiny.pt").eval()
-
-
-@pytest.fixture
-def target(source, golden):
-    target = copy.deepcopy(source)
-    _, unexpected = target.load_state_dict(golden["trainable_state_params"], strict=False)
-    assert not unexpected
-    return target
-
-
-@pytest.fixture
-def mapper(golden):
-    mapper = ipl.LatentMapper(32, 4, 64)
-    for i in range(4):
-        mapper.weights[i].data.copy_(golden["mapper_state"][f"mapping.mapping.{i + 1}.weight"])
-        mapper.biases[i].data.copy_(golden["mapper_state"][f"mapping.mapping.{i + 1}.bias"])
-    return mapper
+def of_labels(cfg, source, clips, **more):
+    """Stage 2 with NADA's direction of each CLIP."""
+    directions = [ipl.label_direction(cfg, clip_model) for clip_model, _ in clips]
+    return ipl.adapt_generator(cfg, source, clips, directions, rng=rng(), **more)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -80,42 +51,29 @@ def mapper(golden):
 
 def test_layer_choice(golden, clip_pair, target):
     g = golden["layer_selection"]
-    text_feature = ipl.encode_texts(clip_pair[0], g["text"])[0]
-    encode_images = ipl.image_encoder(*clip_pair)
-    chosen, weights = ipl.select_layers(target, encode_images, g["w"], text_feature, k=4)
+    text_loss = towards(clip_pair, g["text"])
+    chosen, weights = ipl.select_layers(target, text_loss, g["w"], k=4)
     # the published loss is 1 - logits / 100, with logits of scale 100.03 in this CLIP
     close(weights * float(clip_pair[0].logit_scale.exp()) / 100, g["layer_weights_from_grad"])
     assert set(chosen) == set(g["chosen_idx_topk_order"])
     assert all(p.grad is None for p in target.parameters())
-
-
-def test_layer_choice_ignores_its_learning_rate(golden, clip_pair, target):
-    text_feature = ipl.encode_texts(clip_pair[0], "anime")[0]
-    w = golden["layer_selection"]["w"]
-    encode_images = ipl.image_encoder(*clip_pair)
-    one, ten = (
-        ipl.select_layers(target, encode_images, w, text_feature, k=4, lr=lr) for lr in (0.01, 0.1)
-    )
-    assert one[0] == ten[0]
-    close(10 * one[1], ten[1])
+    again, larger = ipl.select_layers(target, text_loss, g["w"], k=4, lr=0.1)
+    assert set(again) == set(chosen)  # one step: its size cannot change the choice
+    close(larger, 10 * weights)
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_layer_choice_of_a_few_images_at_a_time(clip_pair, target, at_once):
-    w = target.mapping(torch.randn(4, target.z_dim, generator=rng())).detach()
-    text_feature = ipl.encode_texts(clip_pair[0], "anime")[0]
-    sizes, encode = [], ipl.image_encoder(*clip_pair)
+    w = target.mapping(normal(4, target.z_dim)).detach()
+    sizes, loss = [], towards(clip_pair, "anime")
 
-    def encode_images(images):
+    def text_loss(images):
         sizes.append(len(images))
-        return encode(images)
+        return loss(images)
 
-    whole, few = (
-        ipl.select_layers(target, encode_images, w, text_feature, k=4, at_once=n)
-        for n in (4, at_once)
-    )
+    whole, few = (ipl.select_layers(target, text_loss, w, 4, at_once=n) for n in (4, at_once))
     assert sizes == [4] + ([1] * 4 if at_once == 1 else [3, 1])
-    assert whole[0] == few[0]
+    assert set(whole[0]) == set(few[0])
     close(few[1], whole[1])
     assert few[1].std() > 0.01 * few[1].mean()
 
@@ -149,8 +107,8 @@ def test_stage2_trajectory(golden, clip_pair, source, target, mapper):
     average, history = ipl.adapt_generator(
         cfg,
         source,
-        *clip_pair,
-        ipl.prompt_directions(cfg, clip_pair[0], mapper),
+        [clip_pair],
+        [ipl.prompt_directions(cfg, clip_pair[0], mapper)],
         rng=rng(),
         target=target,
         layers=published_layers(target),
@@ -190,8 +148,8 @@ def test_gradients_of_the_first_step(golden, clip_pair, source, target, mapper, 
     _, history = ipl.adapt_generator(
         cfg,
         source,
-        *clip_pair,
-        directions,
+        [clip_pair],
+        [directions],
         rng=rng(),
         target=target,
         layers=published_layers(target),
@@ -211,11 +169,8 @@ def test_gradients_of_the_first_step(golden, clip_pair, source, target, mapper, 
 
 def run(cfg, source, clip_pair, seed=0):
     """Both stages -> mapper, adapted generator, history."""
-    generator = rng(seed)
-    mapper, history = ipl.train_mapper(cfg, source, *clip_pair, rng=generator)
-    directions = ipl.prompt_directions(cfg, clip_pair[0], mapper)
-    adapted, rest = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=generator)
-    return mapper, adapted, history + rest
+    adapted, (mapper,), history = ipl.adapt(cfg, source, [clip_pair], rng=rng(seed))
+    return mapper, adapted, history
 
 
 def snapshot(module):
@@ -266,8 +221,10 @@ def test_history(source, clip_pair):
     for row in history:
         assert all(type(x) in (int, float, list) for x in row.values())
     first = history[3]  # fixed noise: both images are equal at the first step
-    assert first["loss"] == 1 and first["delta_image"] == 0 and 0 < first["grad_norm"] < 1e3
-    assert history[4]["delta_image"] > 0
+    assert first["loss"] == pytest.approx(1, abs=1e-4)  # images with and without a graph may
+    assert first["delta_image_norm"] < 1e-4  # differ in their last digits
+    assert 0 < first["grad_norm"] < 1e3
+    assert history[4]["delta_image_norm"] > 0
     assert len(first["layers"]) == 4
 
 
@@ -279,15 +236,15 @@ def test_published_loss_is_refused_where_it_is_0_over_0(source, clip_pair):
 
 def test_published_loss_is_finite_with_fresh_noise(source, clip_pair):
     _, _, history = run(replace(QUICK, eps=0.0, noise="fresh"), source, clip_pair)
-    assert history[3]["delta_image"] > 0
+    assert history[3]["delta_image_norm"] > 0
 
 
 def test_the_loss_falls_on_fixed_latents(source, clip_pair):
     cfg = replace(QUICK, steps=12, layers="all")
-    z = torch.randn(2, source.z_dim, generator=rng())
-    directions = ipl.label_direction(cfg, clip_pair[0])
+    z = normal(2, source.z_dim)
+    direction = ipl.label_direction(cfg, clip_pair[0])
     _, history = ipl.adapt_generator(
-        cfg, source, *clip_pair, directions, rng=rng(), draw_z=lambda n: z
+        cfg, source, [clip_pair], [direction], rng=rng(), draw_z=lambda n: z
     )
     assert history[-1]["loss"] < 0.8 < history[0]["loss"]
     assert history[0]["layers"] == list(range(source.num_ws))
@@ -296,8 +253,10 @@ def test_the_loss_falls_on_fixed_latents(source, clip_pair):
 def test_only_chosen_layers_change(source, clip_pair):
     cfg = replace(QUICK, steps=1, num_layers=2)
     target = copy.deepcopy(source)
-    directions = ipl.label_direction(cfg, clip_pair[0])
-    _, history = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=rng(), target=target)
+    direction = ipl.label_direction(cfg, clip_pair[0])
+    _, history = ipl.adapt_generator(
+        cfg, source, [clip_pair], [direction], rng=rng(), target=target
+    )
     assert len(history[0]["layers"]) == 2
     chosen = {id(p) for j in history[0]["layers"] for p in target.layers()[j].parameters()}
     for (name, p), q in zip(target.named_parameters(), source.parameters(), strict=True):
@@ -306,8 +265,7 @@ def test_only_chosen_layers_change(source, clip_pair):
 
 def test_default_number_of_layers_is_the_published_formula(source, clip_pair):
     cfg = replace(QUICK, steps=1, num_layers=None)
-    directions = ipl.label_direction(cfg, clip_pair[0])
-    _, history = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=rng())
+    _, history = of_labels(cfg, source, [clip_pair])
     assert len(history[0]["layers"]) == int(2 * (2 * 5 - 2) / 3)  # R = 32
 
 
@@ -320,8 +278,7 @@ def test_layer_choice_every_n_steps(source, clip_pair, monkeypatch):
 
     monkeypatch.setattr(ipl, "select_layers", counted)
     cfg = replace(QUICK, steps=5, layer_every=2, noise="fresh")
-    directions = ipl.label_direction(cfg, clip_pair[0])
-    _, history = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=rng())
+    _, history = of_labels(cfg, source, [clip_pair])
     assert len(chosen) == 3  # at steps 0, 2, 4
     assert [row["layers"] for row in history] == [sorted(chosen[i // 2][0]) for i in range(5)]
 
@@ -341,8 +298,7 @@ def test_half_precision_is_close(source, clip_pair, autocast, half):
 
 def test_freeze(source, clip_pair):
     cfg = replace(QUICK, layers="all", freeze="noise")
-    directions = ipl.label_direction(cfg, clip_pair[0])
-    adapted, _ = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=rng())
+    adapted, _ = of_labels(cfg, source, [clip_pair])
     for (name, p), q in zip(adapted.named_parameters(), source.parameters(), strict=True):
         trained = name.startswith("conv") and "noise" not in name
         assert torch.equal(p, q) != trained, name
@@ -351,21 +307,33 @@ def test_freeze(source, clip_pair):
 def test_the_average_follows_by_the_decay(source, clip_pair):
     cfg = replace(QUICK, steps=1, ema=0.75)
     target = copy.deepcopy(source)
-    directions = ipl.label_direction(cfg, clip_pair[0])
-    average, _ = ipl.adapt_generator(cfg, source, *clip_pair, directions, rng=rng(), target=target)
+    direction = ipl.label_direction(cfg, clip_pair[0])
+    average, _ = ipl.adapt_generator(
+        cfg, source, [clip_pair], [direction], rng=rng(), target=target
+    )
     for x, first, last in zip(
         average.parameters(), source.parameters(), target.parameters(), strict=True
     ):
         torch.testing.assert_close(x, 0.75 * first + 0.25 * last)
 
 
-def test_directions_are_one_per_image_or_one_for_all(source, clip_pair, mapper, golden):
+def test_directions(source, clip_pair, mapper, golden):
+    """[B, e]: each prompt's own, or the labels' for all; and yours may read z and x_source."""
     w = golden["stage1"]["w"]
     own = ipl.prompt_directions(QUICK, clip_pair[0], mapper)(w)
     shared = ipl.label_direction(QUICK, clip_pair[0])(w)
-    assert own.shape == (4, 32) and shared.shape == (32,)
-    assert (own[0] - own[1]).norm() > 1e-3
-    assert not own.requires_grad
+    assert own.shape == shared.shape == (4, 32) and not own.requires_grad
+    assert (own[0] - own[1]).norm() > 1e-3 and torch.equal(shared[0], shared[1])
+    seen = []
+
+    def direction(w, z, x_source):
+        seen.append((w, z, x_source))
+        return shared[: len(w)]
+
+    ipl.adapt_generator(replace(QUICK, steps=1), source, [clip_pair], [direction], rng=rng())
+    ((w, z, x_source),) = seen
+    torch.testing.assert_close(source.mapping(z), w)
+    torch.testing.assert_close(source.synthesis(w), x_source)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -376,26 +344,20 @@ def test_directions_are_one_per_image_or_one_for_all(source, clip_pair, mapper, 
 def other_pair(clip_pair):
     """A second CLIP, of another opinion, and an embedding that is narrower."""
     other = copy.deepcopy(clip_pair[0])
-    mix = torch.randn(32, 24, generator=rng(7)) / 24**0.5
+    mix = normal(32, 24, seed=7) / 24**0.5
     other.visual.proj.data = other.visual.proj @ mix
     other.text_projection.data = other.text_projection @ mix.flip(0)
     return other, clip_pair[1]
 
 
-def both(cfg, pairs):
-    """[(clip_model, transform, directions)], as adapt_generator takes them."""
-    return [(*pair, ipl.label_direction(cfg, pair[0])) for pair in pairs]
-
-
 def test_two_equal_clips_of_half_the_weight_are_one(source, clip_pair):
     cfg = replace(QUICK, clip_weights=(0.5, 0.5))
-    first, second = both(cfg, [clip_pair, clip_pair])
-    adapted, history = ipl.adapt_generator(cfg, source, *first, rng=rng(), more=[second])
-    one, rows = ipl.adapt_generator(QUICK, source, *first, rng=rng())
+    adapted, history = of_labels(cfg, source, [clip_pair, clip_pair])
+    one, rows = of_labels(QUICK, source, [clip_pair])
     assert [row["layers"] for row in history] == [row["layers"] for row in rows]
     for row, expected in zip(history, rows, strict=True):
         close(row["loss"], expected["loss"])
-        close(row["delta_image"], expected["delta_image"])
+        close(row["delta_image_norm"], expected["delta_image_norm"], scale=1e-4)
     for p, q in zip(adapted.parameters(), one.parameters(), strict=True):
         close(p, q, rtol=1e-3, scale=1e-4)
 
@@ -403,17 +365,14 @@ def test_two_equal_clips_of_half_the_weight_are_one(source, clip_pair):
 @pytest.mark.parametrize("weights", [(), (2.0, 0.25)])
 def test_losses_and_gradients_of_several_clips_are_summed(source, clip_pair, other_pair, weights):
     cfg = replace(QUICK, steps=1, noise="fresh", layers="all", clip_weights=weights)
-    first, second = both(cfg, [clip_pair, other_pair])
 
     def step(cfg, *clips):
         target = copy.deepcopy(source)
-        _, history = ipl.adapt_generator(
-            cfg, source, *clips[0], rng=rng(), more=clips[1:], target=target
-        )
+        _, history = of_labels(cfg, source, clips, target=target)
         return history[0]["loss"], [p.grad for p in target.conv1.parameters()]
 
-    loss, grads = step(cfg, first, second)
-    alone = [step(replace(cfg, clip_weights=()), clip) for clip in (first, second)]
+    loss, grads = step(cfg, clip_pair, other_pair)
+    alone = [step(replace(cfg, clip_weights=()), clip) for clip in (clip_pair, other_pair)]
     a, b = weights or (1, 1)
     close(loss, a * alone[0][0] + b * alone[1][0])
     for grad, x, y in zip(grads, alone[0][1], alone[1][1], strict=True):
@@ -421,27 +380,23 @@ def test_losses_and_gradients_of_several_clips_are_summed(source, clip_pair, oth
     assert abs(alone[0][0] - alone[1][0]) > 1e-3
 
 
-def test_layer_choice_of_several_clips(source, clip_pair, other_pair):
+def test_layer_choice_of_several_clips(source, clip_pair, other_pair, monkeypatch):
     """The weights are those of one step against the summed loss, not a sum of weights."""
-    w = source.mapping(torch.randn(4, source.z_dim, generator=rng()))
-    encoders = [ipl.image_encoder(*pair) for pair in (clip_pair, other_pair)]
-    texts = [ipl.encode_texts(pair[0], "anime")[0] for pair in (clip_pair, other_pair)]
-    cfg = replace(QUICK, clip_weights=(1.0, 3.0))
-    _, weights = ipl.select_layers(
-        source, lambda x: [encode(x) for encode in encoders], w, texts, 4,
-        loss=ipl.summed(cfg, ipl.domain_loss),
-    )  # fmt: skip
+    seen, select_layers = [], ipl.select_layers
+
+    def spy(generator, text_loss, w, k, **more):
+        seen.append((w, select_layers(generator, text_loss, w, k, **more)[1]))
+        return select_layers(generator, text_loss, w, k, **more)
+
+    monkeypatch.setattr(ipl, "select_layers", spy)
+    cfg = replace(QUICK, steps=1, clip_weights=(1.0, 3.0))
+    of_labels(cfg, source, [clip_pair, other_pair])
+    ((w, weights),) = seen
     w_plus = w[:, None].repeat(1, source.num_ws, 1).requires_grad_()
     x = source.synthesis(w_plus)
-    losses = [ipl.domain_loss(e(x), t) for e, t in zip(encoders, texts, strict=True)]
-    (grad,) = torch.autograd.grad(losses[0] + 3 * losses[1], w_plus)
+    first, second = (towards(pair, "anime")(x) for pair in (clip_pair, other_pair))
+    (grad,) = torch.autograd.grad(first + 3 * second, w_plus)
     close(weights, (0.01 * grad).abs().mean(dim=(0, 2)))
-
-
-def test_weights_that_do_not_fit(source, clip_pair):
-    cfg = replace(QUICK, clip_weights=(1.0, 2.0))
-    with pytest.raises(ValueError):
-        ipl.adapt_generator(cfg, source, *both(cfg, [clip_pair])[0], rng=rng())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -452,7 +407,7 @@ def test_source_and_target_share_their_crop(source, clip_pair):
     """With equal generators and fixed noise, only different crops could make a difference."""
     cfg = replace(QUICK, steps=1, crop=0.3)
     _, _, history = run(cfg, source, clip_pair)
-    assert [row["delta_image"] for row in history if row["stage"] == 2] == [0.0]
+    assert history[-1]["delta_image_norm"] < 1e-4
 
 
 def test_fresh_noise_is_drawn_for_every_image(source, clip_pair, monkeypatch):
@@ -463,6 +418,7 @@ def test_fresh_noise_is_drawn_for_every_image(source, clip_pair, monkeypatch):
         return synthesis(self, w, rng=rng)
 
     monkeypatch.setattr(type(source), "synthesis", spy)
+    monkeypatch.setattr(ipl, "check_generator", lambda generator: None)
     for noise, fresh in (("fresh", True), ("fixed", False)):
         drawn.clear()
         run(replace(QUICK, steps=1, steps_mapper=1, noise=noise), source, clip_pair)
@@ -504,9 +460,9 @@ def test_samples_do_not_depend_on_their_number():
 
 def test_sample_grid(source, target):
     grid = ipl.sample_grid(source, target, n=5, seed=1, truncation_psi=0.7, columns=3)
-    R, zoom = 32, 4
-    assert grid.dtype == torch.uint8 and grid.shape == (4 * R * zoom, 3 * R * zoom, 3)
-    cells = grid[::zoom, ::zoom].unfold(0, R, R).unfold(1, R, R)  # [4, 3, 3, R, R]
+    R = 32
+    assert grid.dtype == torch.uint8 and grid.shape == (4 * R, 3 * R, 3)
+    cells = grid.unfold(0, R, R).unfold(1, R, R)  # [4, 3, 3, R, R]
     assert (cells[2:, 2] == 255).all()  # the sixth place is empty
     z = ipl.sample_latents(5, source.z_dim, seed=1)
     w = ipl.truncate(source.mapping(z), source.w_avg, 0.7)

@@ -1,0 +1,61 @@
+"""What several test files share: the golden numbers, and the small networks they are of."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import ipl
+from checkpoints import load_generator
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def close(actual, expected, rtol=1e-4, scale=1e-5):
+    """assert_close, with an absolute tolerance of `scale` of the largest number expected."""
+    expected = torch.as_tensor(expected, dtype=torch.float32)
+    atol = scale * float(expected.detach().abs().max())
+    torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=rtol, atol=atol)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=rng(seed))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Numbers of the published losses and training loops."""
+    return torch.load(GOLDEN / "ipl_losses.pt", weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def clip_pair():
+    return ipl.load_clip(GOLDEN / "clip_tiny.pt")
+
+
+@pytest.fixture(scope="session")
+def source():
+    return load_generator(GOLDEN / "rosinality_tiny.pt").eval()
+
+
+@pytest.fixture
+def target(source, golden):
+    """A target generator some steps on, as in the golden run."""
+    target = copy.deepcopy(source)
+    _, unexpected = target.load_state_dict(golden["trainable_state_params"], strict=False)
+    assert not unexpected
+    return target
+
+
+@pytest.fixture
+def mapper(golden):
+    mapper = ipl.LatentMapper(32, 4, 64)
+    for i in range(4):
+        mapper.weights[i].data.copy_(golden["mapper_state"][f"mapping.mapping.{i + 1}.weight"])
+        mapper.biases[i].data.copy_(golden["mapper_state"][f"mapping.mapping.{i + 1}.bias"])
+    return mapper

@@ -1,0 +1,231 @@
+"""ipl.py in somebody's program: another generator, another state of torch, a CLIP of clip.load."""
+
+import contextlib
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import close, rng
+
+import ipl
+
+pytestmark = pytest.mark.filterwarnings("ignore:stage 1 learned", "ignore:after . steps")
+QUICK = ipl.Config(
+    batch_mapper=4, steps_mapper=2, batch=2, steps=2, ema=0.5, eps=0.1, noise="fixed", crop=0.2,
+    layer_batch=2, num_layers=3,
+)  # fmt: skip
+
+
+class Toy(torch.nn.Module):
+    """The smallest generator there is: two layers, 16 px, no StyleGAN and no noise."""
+
+    z_dim, w_dim, num_ws, resolution = 8, 8, 2, 16
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.low, self.high = torch.nn.Linear(8, 48), torch.nn.Linear(8, 768)
+        self.register_buffer("w_avg", torch.zeros(8))
+        self.eval()
+
+    def mapping(self, z):
+        return z
+
+    def synthesis(self, w, *, rng=None):
+        low, high = (w, w) if w.ndim == 2 else (w[:, 0], w[:, 1])
+        low = self.low(low).view(-1, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return (low + self.high(high).view(-1, 3, 16, 16)).tanh()
+
+    def layers(self):
+        return [self.low, self.high]
+
+
+# ----------------------------------------------------------------------------------------------
+# The generator
+
+
+def test_generators_that_fit(source):
+    ipl.check_generator(source)
+    ipl.check_generator(Toy())
+
+
+class Unit(Toy):
+    def synthesis(self, w, *, rng=None):
+        return (super().synthesis(w) + 1) / 2
+
+
+class Bytes(Toy):
+    def synthesis(self, w, *, rng=None):
+        return super().synthesis(w) * 127.5
+
+
+class FirstLayerOnly(Toy):
+    def synthesis(self, w, *, rng=None):
+        return super().synthesis(w if w.ndim == 2 else w[:, 0] + 1)
+
+
+class NotANumber(Toy):
+    def synthesis(self, w, *, rng=None):
+        return super().synthesis(w) / 0 * 0
+
+
+class NoPlus(Toy):
+    def synthesis(self, w, *, rng=None):
+        return self.low(w).view(-1, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+class ShortLayers(Toy):
+    def layers(self):
+        return [self.low]
+
+
+class Small(Toy):
+    resolution = 32
+
+
+@pytest.mark.parametrize(
+    ("generator", "words"),
+    [
+        (Unit(), r"lie in \[0\..*not \[-1, 1\]"),
+        (Bytes(), r"lie in \[-127, 127\]"),
+        (NotANumber(), r"lie in \[nan, nan\]"),
+        (FirstLayerOnly(), "a w for each layer"),
+        (NoPlus(), "shape|view|size"),
+        (ShortLayers(), r"1 layers\(\); wanted: num_ws, 2"),
+        (Small(), r"\[2, 3, 16, 16\].*wanted.*32, 32"),
+        (Toy().double(), "float32|dtype"),
+        (Toy().train(), "training mode"),
+        (torch.nn.Linear(2, 2), "AttributeError.*num_ws"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, torch.nn.Module) else "",
+)
+def test_generators_that_do_not_fit(generator, words, clip_pair):
+    for call in (
+        lambda: ipl.check_generator(generator),
+        lambda: ipl.train_mapper(QUICK, generator, *clip_pair, rng=rng()),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_generator_without_noise_or_stylegan(clip_pair):
+    toy = Toy()
+    before = copy.deepcopy(toy.state_dict())
+    adapted, (mapper,), history = ipl.adapt(QUICK, toy, [clip_pair], rng=rng())
+    assert len(history) == 4 and history[-1]["delta_image_norm"] > 0
+    assert all(torch.equal(x, before[name]) for name, x in toy.state_dict().items())
+    assert any(not torch.equal(x, before[name]) for name, x in adapted.state_dict().items())
+    assert ipl.sample_grid(toy, adapted, n=3).shape == (2 * 16, 3 * 16, 3)
+    reloaded = ipl.LatentMapper(8, 4, mapper.ctx_dim)
+    reloaded.load_state_dict(mapper.state_dict())
+    assert torch.equal(reloaded(torch.ones(1, 8)), mapper(torch.ones(1, 8)))
+
+
+# ----------------------------------------------------------------------------------------------
+# The state of torch
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def usual(source, clip_pair):
+    return ipl.adapt(QUICK, source, [clip_pair], rng=rng())
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: default_dtype(torch.float64),
+        lambda: default_dtype(torch.bfloat16),
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.no_grad,
+        torch.inference_mode,
+    ],
+    ids=["float64", "bfloat16", "device", "autocast", "no_grad", "inference_mode"],
+)
+def test_the_state_of_torch_around_us_changes_nothing(source, clip_pair, usual, state):
+    """The same numbers as without; and a CLIP that is loaded inside can be trained through."""
+    with state():
+        clips = [ipl.load_clip(clip_pair[0].state_dict())]
+        adapted, _, history = ipl.adapt(QUICK, source, clips, rng=rng())
+        grid = ipl.sample_grid(source, adapted, n=2)
+    assert {p.dtype for p in adapted.parameters()} == {torch.float32}
+    for row, expected in zip(history, usual[2], strict=True):
+        close(row["loss"], expected["loss"])
+        close(row["grad_norm"], expected["grad_norm"], rtol=1e-3)
+    assert (grid.int() - ipl.sample_grid(source, usual[0], n=2).int()).abs().max() <= 1
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+
+
+def test_networks_made_in_inference_mode_are_refused(clip_pair):
+    with torch.inference_mode():
+        toy, clip_model = Toy(), copy.deepcopy(clip_pair[0])
+        clip_model.load_state_dict(clip_pair[0].state_dict())
+    with pytest.raises(ValueError, match="inference_mode"):
+        ipl.check_generator(toy)
+
+
+# ----------------------------------------------------------------------------------------------
+# CLIP, and settings
+
+
+def test_a_clip_with_gradients_stays_as_it_is(source, clip_pair, usual):
+    """As clip.load leaves it on a CPU; no gradient is left in it."""
+    clip_model = copy.deepcopy(clip_pair[0]).requires_grad_()
+    _, _, history = ipl.adapt(QUICK, source, [(clip_model, clip_pair[1])], rng=rng())
+    assert all(p.grad is None and p.requires_grad for p in clip_model.parameters())
+    for row, expected in zip(history, usual[2], strict=True):
+        close(row["loss"], expected["loss"])
+
+
+def test_a_clip_in_half_precision_is_refused(source, clip_pair):
+    """As clip.load leaves it on a GPU."""
+    half = copy.deepcopy(clip_pair[0]).half()
+    with pytest.raises(ValueError, match="clip_model is in torch.float16; wanted: float32"):
+        ipl.adapt(QUICK, source, [(half, clip_pair[1])], rng=rng())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"source": "Anime ", "target": "anime"}, "source and target are both 'anime'"),
+        ({"batch_mapper": 1}, r"Config\(batch_mapper=1\); wanted: at least 2"),
+        ({"steps": 0}, r"Config\(steps=0\); wanted: at least 1"),
+        ({"freeze": "weight", "layers": "all", "method": "nada"}, None),
+        ({"freeze": "i"}, "no parameter .* freeze is 'i'"),  # in weight and in bias
+        ({"clip_weights": (1.0, 2.0)}, "1 clips, 1 directions, 2 clip_weights"),
+    ],
+)
+def test_settings(clip_pair, settings, words):
+    cfg = replace(QUICK, **settings)
+    if words is None:
+        ipl.adapt(cfg, Toy(), [clip_pair], rng=rng())
+        return
+    with pytest.raises(ValueError, match=words) as caught:
+        ipl.adapt(cfg, Toy(), [clip_pair], rng=rng())
+    assert "\n" not in str(caught.value) and "--" not in str(caught.value)
+
+
+def test_a_tensor_is_no_direction(source, clip_pair):
+    with pytest.raises(ValueError, match=r"a function \(w, z, x_source\)"):
+        ipl.adapt_generator(QUICK, source, [clip_pair], [torch.ones(32)], rng=rng())
+
+
+def test_warnings(source, clip_pair):
+    cfg = replace(QUICK, steps_mapper=1, steps=3, ema=0.99)
+    with pytest.warns(UserWarning) as caught:
+        ipl.adapt(cfg, source, [clip_pair], rng=rng())
+    words = " ".join(str(warning.message) for warning in caught)
+    assert "stage 1 learned little" in words
+    assert "after 3 steps 97% of the average is still the source generator" in words
