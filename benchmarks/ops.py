@@ -15,7 +15,6 @@ import time
 from functools import partial
 
 import torch
-from torch.utils.benchmark import Timer
 
 from stylegan2_ops import bias_act, upfirdn2d
 from stylegan2_ops.upfirdn2d import setup_filter, upsample2d
@@ -35,6 +34,8 @@ def cases(batch):
 
 def milliseconds(work):
     """Of one run; the timer waits for the GPU."""
+    from torch.utils.benchmark import Timer  # torch warns if it is imported without a GPU
+
     return Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=0.1).median * 1e3
 
 
