@@ -66,13 +66,27 @@ def test_the_published_order_is_the_same_mathematics(residual):
 
 
 @pytest.mark.slow
-def test_steps_from_end_to_end(tmp_path, capsys):
-    step.main(f"--sizes 32 --repeats 1 --layer-batch 3 --out {tmp_path}".split(), build)
+@pytest.mark.parametrize("flags", [[], ["--same-malloc"]])
+def test_steps_from_end_to_end(tmp_path, capsys, monkeypatch, flags):
+    """Freed memory is kept by ours always, by the published order with --same-malloc only."""
+    keep_memory, now, kept = step.keep_memory, [None], {}
+    monkeypatch.setattr(step, "keep_memory", lambda keep: (now.append(keep), keep_memory(keep)))
+
+    def noting(function, *args, **more):
+        kept.setdefault(function.__module__, set()).add(now[-1])
+        return function(*args, **more)
+
+    for module, name in (ipl, "accuracy"), (published_order, "label_feature"):
+        monkeypatch.setattr(module, name, partial(noting, getattr(module, name)))
+    step.main([*f"--sizes 32 --repeats 1 --layer-batch 3 --out {tmp_path}".split(), *flags], build)
+    keep_memory(False)
+    assert kept == {"ipl": {True}, "benchmarks.published_order": {bool(flags)}}
     lines = capsys.readouterr().out.splitlines()
+    assert [line[:15] for line in lines[4:6]] == ["32 px, stage 1 ", "32 px, stage 2 "]
     found = json.loads((tmp_path / "step.json").read_text())
     assert (tmp_path / "step.png").stat().st_size > 1000
-    assert [line[:15] for line in lines[4:6]] == ["32 px, stage 1 ", "32 px, stage 2 "]
     assert {"cpu", "threads", "torch", "seed"} <= found["hardware"].keys()
+    assert found["same malloc"] == bool(flags)
     for row, batches in zip(found["steps"], ("3", "2+3*"), strict=True):
         assert row["batches"] == batches
         assert row["loss"]["ours"] == pytest.approx(row["loss"]["published"], rel=1e-4)
@@ -83,27 +97,6 @@ def test_steps_from_end_to_end(tmp_path, capsys):
             for name in ("texts", "frozen generator", "CLIP of source", "backward"):
                 assert parts[name] > 0
             assert sum(parts.values()) == pytest.approx(row["seconds"][way], rel=5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--same-malloc"]])
-def test_whose_memory_is_kept(tmp_path, monkeypatch, flags):
-    """Ours always, the published order's with --same-malloc only."""
-    keep_memory, now, seen = step.keep_memory, [None], {}
-    monkeypatch.setattr(step, "keep_memory", lambda keep: (now.append(keep), keep_memory(keep)))
-
-    def noting(function, *args, **more):
-        if now[-1] is not None:
-            seen.setdefault(function.__module__, set()).add(now[-1])
-        return function(*args, **more)
-
-    for module, name in (ipl, "select_layers"), (published_order, "choose_layers"):
-        monkeypatch.setattr(module, name, partial(noting, getattr(module, name)))
-    monkeypatch.setattr(step, "flops_of", lambda *_: {"all": 1})
-    step.main([*f"--sizes 32 --stages 2 --repeats 1 --out {tmp_path}".split(), *flags], build)
-    keep_memory(False)
-    assert seen == {"ipl": {True}, "benchmarks.published_order": {bool(flags)}}
-    assert json.loads((tmp_path / "step.json").read_text())["same malloc"] == bool(flags)
 
 
 def test_nothing_is_timed_if_the_two_ways_differ(tmp_path, capsys, monkeypatch):
