@@ -3,30 +3,34 @@
 import sys
 import unicodedata
 
+import tyro
+
 import ipl
-from cli import processes, run_folder, settings
-from cli.adapt import adapt, prepare
-from cli.convert import convert
-from cli.inspect import inspect
-from cli.sample import sample
+from cli import adapt, convert, inspect, processes, run_folder, sample, settings
 
 
 def main(argv=None):
     """argv: words, else those of the process. Exits with 2 for bad input, in one line."""
     argv = sys.argv[1:] if argv is None else list(argv)
     processes.open_streams()
-    first = processes.is_first()
-    with processes.plain_words(speaks=first), ipl.plain_torch():
-        check_words(argv)
-        if argv and not argv[0].startswith("-"):
-            import tyro
+    with ipl.plain_torch():
+        with processes.plain_words(speaks=processes.is_first()):
+            runs = command(argv)
+        processes.make_all(runs, adapt.adapt)
 
-            commands = {"sample": sample, "convert": convert, "inspect": inspect}
-            return tyro.extras.subcommand_cli_from_dict(commands, prog="ipl.py", args=argv)
-        runs = run_folder.spread(settings.parse(argv, describe=first))
-        for run in runs[1:]:  # none begins where a later one is refused
-            prepare(run)
-    processes.make_all(runs, adapt)
+
+def command(argv):
+    """Does what is asked for -> the runs that are left to make."""
+    check_words(argv)
+    if argv and not argv[0].startswith("-"):
+        known = sample.sample, convert.convert, inspect.inspect
+        commands = {function.__name__: function for function in known}
+        tyro.extras.subcommand_cli_from_dict(commands, prog="ipl.py", args=argv)
+        return []
+    runs = run_folder.spread(settings.parse(argv, describe=processes.is_first()))
+    for run in runs[1:]:  # none begins where a later one is refused
+        adapt.prepare(run)
+    return runs
 
 
 def check_words(argv):

@@ -99,9 +99,7 @@ def samples(settings, source, adapted, *, n=None, seed=None, truncation_psi=None
     grid = ipl.sample_grid(source, adapted, n=n, seed=seed, truncation_psi=psi)
     steps = f"{settings.steps_mapper} + " * (settings.method == "ipl") + f"{settings.steps} steps"
     words = settings.source.strip(), settings.target.strip()
-    return pictures.png(
-        pictures.labelled(grid, source.resolution, *words, f"seed {seed}, {steps}")
-    )
+    return pictures.png(pictures.labelled(grid, source.resolution, *words, f"seed {seed}, {steps}"))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -120,11 +120,12 @@ def curves(history, floor=None):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8.3, 0.3 + 2.2 * len(stages)), dpi=100, layout="constrained")
-        for part, stage in zip(figure.subfigures(len(stages), squeeze=False)[:, 0], stages):
+        for i, part in enumerate(figure.subfigures(len(stages), squeeze=False)[:, 0]):
+            stage = stages[i]
             rows = [row for row in history if row["stage"] == stage]
             clips = sorted({row.get("clip", 0) for row in rows})
             panels = list(dict.fromkeys(panel for panel, _ in WORDS[stage]))
-            all_axes = dict(zip(panels, part.subplots(1, len(panels), squeeze=False)[0]))
+            all_axes = dict(zip(panels, part.subplots(1, len(panels)), strict=True))
             part.suptitle(f"stage {stage}", x=0.01, ha="left", size=11, weight="bold")
             for (panel, label), name in WORDS[stage].items():
                 for clip in clips:

@@ -8,6 +8,8 @@ import typing
 from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Annotated
 
+import tyro
+
 import ipl
 from miniature import LABELS
 
@@ -75,10 +77,10 @@ def expand(path):
 
 
 def help_texts():
-    """{name of a field: its comment}."""
-    lines = (inspect.getsource(ipl.Config) + inspect.getsource(Settings)).splitlines()
-    commented = [line.split("  # ") for line in lines if re.match(r" +\w+: .*  # ", line)]
-    return {code.split(":")[0].strip(): comment for code, comment in commented}
+    """{name of a field: its comment, behind it or in the line above}."""
+    source = inspect.getsource(ipl.Config) + inspect.getsource(Settings)
+    fields = re.findall(r"^(?: +# (.*)\n)? +(\w+): [^#\n]*(?:# (.*))?$", source, re.MULTILINE)
+    return {name: behind or above for above, name, behind in fields}
 
 
 def parse(argv, describe=True):
@@ -87,13 +89,11 @@ def parse(argv, describe=True):
 
     Without --generator, what is not given is as in MINIATURE.
     """
-    import tyro
-
     default = Settings() if any(word.startswith("--generator") for word in argv) else MINIATURE
     kinds, texts = typing.get_type_hints(Settings), help_texts()
     kinds["target"], texts["target"] = (
         tyro.conf.UseAppendAction[tuple[str, ...]],
-        f"What it shall draw, in words; several --target are several runs. (default: {default.target})",
+        f"What it shall draw, in words; several make several runs. (default: {default.target})",
     )
     values = asdict(default) | {"target": ()}
     groups = {}
@@ -123,11 +123,9 @@ def parse(argv, describe=True):
 def check(settings, **names):
     """Every value in its range, or a ValueError of one line. names: fields under other names."""
     for name, kind in typing.get_type_hints(type(settings)).items():  # in a config.json
-        value = getattr(settings, name)
-        if typing.get_origin(kind) is typing.Literal and value not in typing.get_args(kind):
-            raise ValueError(f"{flag(name)} must be one of {typing.get_args(kind)}, not {value!r}")
-        if typing.get_origin(kind) is not typing.Literal and not _is_a(kind, value):
-            raise ValueError(f"{flag(name)} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+        if not _is_a(kind, value := getattr(settings, name)):
+            wanted = getattr(kind, "__name__", str(kind).removeprefix("typing."))
+            raise ValueError(f"{flag(name)} must be {wanted}, not {value!r}")
     counts = "n_ctx steps_mapper batch steps num_layers layer_batch layer_every samples save_every"
     for of, holds, wanted in (
         (counts, lambda x: 1 <= x < 2**31, "at least 1, and below 2^31"),
@@ -171,6 +169,8 @@ def check(settings, **names):
 def _is_a(kind, value):
     """Whether the value has the type of an annotation; a whole number passes for a float."""
     args = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in args
     if typing.get_origin(kind) is tuple:  # tuple[X, ...], a list in a config.json
         return isinstance(value, tuple | list) and all(_is_a(args[0], x) for x in value)
     if args:  # X | None
