@@ -1,5 +1,6 @@
 """The main job, python ipl.py --source photo --target anime: from two words to a run folder."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 import ipl
 import miniature
 from checkpoints import load_generator
+from checkpoints.clip import read_clip
+from checkpoints.download import split_url
 from cli import pictures, processes
 from cli.keeper import Keeper
 from cli.run_folder import FILES, find_generator, folder_of, save_run
@@ -23,8 +26,14 @@ def load_source(settings, device):
 
 def load_clips(settings, device):
     """The CLIPs of a run and their transforms, if they can read its texts."""
-    names = settings.clip or ["ViT-B/32" if settings.generator else miniature.CLIP]
-    clips = [ipl.load_clip(name, device) for name in names]
+    names, released = settings.clip, ipl.openai_clip().available_models()
+    if not names:
+        names = ["ViT-B/32" if settings.generator else str(miniature.CLIP)]
+    clips = []
+    for name in names:
+        if name not in released and not split_url(name) and not os.path.exists(name):
+            raise ValueError(f"--clip {name!r} is neither a file nor one of {', '.join(released)}")
+        clips.append(ipl.load_clip(name if name in released else read_clip(name), device))
     for model, _ in clips:
         ctx = model.ln_final.weight.expand(1, settings.n_ctx, -1)  # any vectors of that width
         for label in (settings.source, settings.target):

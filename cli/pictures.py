@@ -15,7 +15,7 @@ from checkpoints.files import write_atomically
 SIDE = 128  # least pixels of a sample: 64 are small on a screen
 WORDS = {  # of a history, {(panel, label of its line): name}, by stage
     1: {
-        ("losses", "all"): "loss",
+        ("losses", "weighted sum"): "loss",
         ("losses", "contrastive"): "contrastive",
         ("losses", "domain"): "domain",
         ("losses", "source's domain"): "domain_source",

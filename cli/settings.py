@@ -11,9 +11,9 @@ from typing import Annotated
 import tyro
 
 import ipl
+from checkpoints.download import split_url
+from checkpoints.stylegan2 import WANTED
 from miniature import LABELS
-
-WANTED = "a StyleGAN2 checkpoint (.pt, .pkl, .safetensors) or the URL of one"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def check(settings, **names):
          f"--source and --target are both {target!r}; wanted: two domains"),
         (settings.out is not None and not settings.out.strip(),
          "--out is empty; wanted: a folder, or no --out"),
-        (generator is not None and "://" not in generator and not os.path.exists(generator),
+        (generator is not None and not split_url(generator) and not os.path.exists(generator),
          f"--generator {generator!r}: no such file; wanted: {WANTED}"),
         (settings.resume and settings.overwrite,
          "--resume goes on with a run and --overwrite begins anew; wanted: one"),
