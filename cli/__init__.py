@@ -12,8 +12,7 @@ from cli import adapt, convert, inspect, processes, run_folder, sample, settings
 def main(argv=None):
     """argv: words, else those of the process. Exits with 2 for bad input, in one line."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    processes.open_streams()
-    with ipl.plain_torch():
+    with processes.lenient_streams(), ipl.plain_torch():
         with processes.plain_words(speaks=processes.is_first()):
             runs = command(argv)
         processes.make_all(runs, adapt.adapt)

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -63,15 +64,16 @@ def prepare(settings):
 
 def adapt(settings):
     """Results that are in the folder stay until the new ones are written."""
-    processes.keep_memory(settings.keep_memory)
+    if settings.keep_memory:
+        processes.keep_memory()
     keeper, generator, clips = prepare(settings)
     if keeper.finished:
         if ipl.ranks()[0] == 0:
-            processes.say(f"{keeper.folder} is a finished run: nothing is left to do")
+            print(f"{keeper.folder} is a finished run: nothing is left to do")
         return
     with processes.memory_advice(keeper.where_memory_ends), keeper:
         if ipl.ranks()[0] == 0:
-            processes.say(f"{keeper.folder}: {of_stages(settings)}", "stderr")
+            print(f"{keeper.folder}: {of_stages(settings)}", file=sys.stderr, flush=True)
         rng = torch.Generator().manual_seed(settings.seed)
         adapted, mappers, history = ipl.adapt(settings, generator, clips, rng=rng, steps=keeper)
         if ipl.ranks()[0] > 0:
@@ -162,4 +164,4 @@ def say_finished(keeper, settings, generator, adapted):
     if len(runs) == 1:  # the first one here
         run = shlex.quote(str(folder))
         lines.append(f"new samples: python ipl.py sample --run {run} --n 16 --out grid.png")
-    processes.say("\n".join(lines))
+    print("\n".join(lines))

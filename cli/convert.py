@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from checkpoints.stylegan2 import read_checkpoint, write_checkpoint
-from cli.processes import say
 from cli.settings import expand
 
 
@@ -25,4 +24,4 @@ def convert(source: str, target: Path, /):
     if target.exists() and os.path.exists(source) and target.samefile(source):
         raise ValueError(f"cannot convert {source} to itself; wanted: another name")
     write_checkpoint(read_checkpoint(source), target)
-    say(f"{target}: the generator of {source}")
+    print(f"{target}: the generator of {source}")

@@ -2,7 +2,6 @@
 
 from checkpoints.pickles import some
 from checkpoints.stylegan2 import TRAINING, empty_generator, read_checkpoint
-from cli.processes import say
 from cli.settings import expand
 
 
@@ -39,4 +38,4 @@ def inspect(source: str, /):
         "training state": ", ".join(training) or "none",
         "unknown": some(unknown) or "nothing",
     }
-    say("\n".join(f"{name:16}{value}" for name, value in facts.items()))
+    print("\n".join(f"{name:16}{value}" for name, value in facts.items()))

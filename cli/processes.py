@@ -28,40 +28,58 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that
 # Words
 
 
-def open_streams():
-    """Streams that were closed before Python began lead nowhere, instead of into the next file that
-    is opened: it would get their number, and with it what C libraries print."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+class Stream:
+    """stdout or stderr: what a closed, broken or full one cannot take is lost, and no error; what
+    its encoding lacks is escaped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def _try(self, function, *args):
+        try:
+            return function(*args)
+        except (OSError, ValueError):  # ValueError: it is closed
+            with contextlib.suppress(OSError, ValueError):  # what waits in it leads nowhere, too
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.stream.fileno())
+                os.close(null)
+
+    def isatty(self):
+        return bool(self._try(self.stream.isatty))
+
+    def write(self, words):
+        encoding = self.stream.encoding or "utf-8"
+        words = words.encode(encoding, "backslashreplace").decode(encoding)
+        return self._try(self.stream.write, words)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+
+@contextlib.contextmanager
+def lenient_streams():
+    """Inside, nothing that is wrong with stdout and stderr is an error.
+
+    Those that were closed before Python began lead nowhere, instead of into the next file that is
+    opened: it would get their number, and with it what C libraries print.
+    """
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))
-
-
-def say(words, stream="stdout"):
-    """Lines on stdout or stderr. What a closed, broken or full stream cannot take is lost."""
-    name, stream = stream, getattr(sys, stream)
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        print(words.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except (OSError, ValueError) as error:
-        drop_unwritten(stream)
-        if name == "stdout" and not isinstance(error, BrokenPipeError):
-            say(f"ipl.py: warning: stdout: {error}", "stderr")
-
-
-def drop_unwritten(*streams):
-    """Keep Python from failing at its end, over what a stream did not take."""
-    for stream in streams:
+    with contextlib.ExitStack() as stack:
+        null = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(Stream(sys.stdout or null)))
+        stack.enter_context(contextlib.redirect_stderr(Stream(sys.stderr or null)))
         try:
-            stream.flush()
-        except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
-                os.close(null)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
 def as_flags(words):
@@ -89,7 +107,7 @@ def plain_words(prog="ipl.py", speaks=True):
         words = as_flags(" ".join(str(what).split()))
         words = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in words)
         words = words if len(words) <= 500 else f"{words[:250]} ... {words[-200:]}"
-        say(f"{prog}: {kind}: {words}", "stderr")
+        print(f"{prog}: {kind}: {words}", file=sys.stderr, flush=True)
 
     def fail(what, code, speaks=True):
         if speaks:
@@ -126,10 +144,8 @@ def plain_words(prog="ipl.py", speaks=True):
         except KeyboardInterrupt as stop:
             where, number = stop.args or ("stopped", signal.SIGINT)
             if speaks and rank() == 0:
-                say(f"\n{prog}: {where}", "stderr")
+                print(f"\n{prog}: {where}", file=sys.stderr, flush=True)
             raise SystemExit(128 + number) from None
-        finally:
-            drop_unwritten(sys.stdout, sys.stderr)
 
 
 @contextlib.contextmanager
@@ -147,7 +163,8 @@ def deferred_signals():
         if alone and signal.SIGINT in before:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
         if len(received) == 1 and rank() == 0:
-            say("\nstopping after this step" + "; Ctrl-C stops at once" * alone, "stderr")
+            words = "stopping after this step" + "; Ctrl-C stops at once" * alone
+            print(f"\n{words}", file=sys.stderr, flush=True)
 
     try:
         for number in SIGNALS:

@@ -45,4 +45,4 @@ def sample(
     make_folder(out.parent)
     picture = samples(settings, source, adapted)
     write_atomically(out, lambda aside: aside.write_bytes(picture))
-    processes.say(f"{out}: {settings.source} above, {settings.target} below, of the same latents")
+    print(f"{out}: {settings.source} above, {settings.target} below, of the same latents")
