@@ -1,18 +1,23 @@
 """The restricted reader: nothing is run, and no file makes it slow, large or crash."""
 
 import io
+import os
+import pickle
 import struct
+import tempfile
 import time
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDEN, assert_same, refusal
 
-from checkpoints import load_generator
+from checkpoints import CheckpointError, load_generator
 from checkpoints.clip import read_clip
 from checkpoints.pickles import MAX_OPERATIONS
+from checkpoints.stylegan2 import read_checkpoint
 from stylegan2_ops import Generator
 from tests.nvidia_pickles import Call, dumps, module, nvidia_module, torch_save
 
@@ -141,6 +146,51 @@ ABUSE = {
 @pytest.mark.parametrize("name", ABUSE)
 def test_abuse(refused, name):
     assert refused(ABUSE[name], (load_generator, read_clip))
+
+
+# ----------------------------------------------------------------------------------------------
+# Programs
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.fixture
+def hostile(checkpoint):
+    """{name: bytes}: two golden files, and a program at any place of a checkpoint."""
+    names = ("nvidia_hostile", "nvidia_hostile_nested")
+    files = {f"golden {name}": (GOLDEN / f"{name}.pkl").read_bytes() for name in names}
+    contents = {"alone": Payload(), "in a list": [Payload()]}
+    for key in ("g_ema", "G_ema", "latent_avg", "generator_config", "args", "state_dict"):
+        contents[key] = {**checkpoint, key: Payload()}
+    contents["weight"] = {"g_ema": {**checkpoint["g_ema"], "style.1.bias": Payload()}}
+    for name, content in contents.items():
+        files |= {name: torch_save(content), f"{name}, old": torch_save(content, new=False)}
+        files[f"{name}, pickle"] = dumps(content, 4)
+    return files
+
+
+@pytest.mark.filterwarnings("ignore:.*left unread", "ignore:.*ignored")
+@pytest.mark.parametrize("door", [load_generator, read_checkpoint, read_clip])
+def test_no_program_is_run(tmp_path, monkeypatch, hostile, door):
+    monkeypatch.chdir(tmp_path)
+    marker = Path(tempfile.gettempdir()) / "pwned_by_pickle"  # of the golden files
+    marker.unlink(missing_ok=True)
+    loaded = set()
+    for name, data in hostile.items():
+        Path("network.pkl").write_bytes(data)
+        try:
+            door("network.pkl")
+            loaded.add(name.split(",")[0])
+        except CheckpointError as error:
+            if name.startswith("golden") and door is not read_clip:
+                assert "the name 'posix.system' is not allowed" in str(error)
+    assert loaded == (set() if door is read_clip else {"G_ema", "args", "state_dict"})
+    assert os.listdir() == ["network.pkl"] and not marker.exists()
+    pickle.loads(hostile["alone, pickle"])
+    assert Path("pwned").exists()  # so the test can fail
 
 
 # ----------------------------------------------------------------------------------------------
