@@ -114,6 +114,8 @@ ANSWERS = {  # function of the handler, what is said
     "cut": (sends(HALF, length=len(DATA)), f"{len(HALF)} bytes read"),
     "too long": (sends(length=len(DATA) + 1), f"{len(DATA)} bytes read, 1 more expected"),
     "too short": (sends(length=len(DATA) - 1), DAMAGED),
+    "a length of text": (sends(length="many"), "many"),
+    "a huge length": (sends(length="9" * 20), f"{len(DATA)} bytes read"),
     "no length": (sends(HALF, length=""), DAMAGED),
     "a page": (sends(b"<html>"), "damaged, or written by neither pickle nor torch.save"),
     "stalling": (stall, "timed out"),

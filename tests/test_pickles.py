@@ -213,8 +213,6 @@ def test_no_name_is_looked_up(refused, name, load):
         b"\x80\x03" + nested(call(module, function)) + b".",
     ):
         assert wanted in refused(value, (load, load))
-    for key in ("G_ema", "g_ema", "state_dict"):
-        assert refused(item(text(key), call(module, function)) + b".", (load, load))
 
 
 def test_names_elsewhere(refused):
