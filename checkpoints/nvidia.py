@@ -6,7 +6,7 @@ What their modules, tensors and attributes mean is in the published `training/ne
 
 import re
 
-from checkpoints.pickles import CheckpointError, Module, some
+from checkpoints.pickles import CheckpointError, Module, Opaque, some
 
 # Attributes by which a layer would not be ours; one that is not in the file has this value.
 _WANTED = {
@@ -93,8 +93,11 @@ def _flatten(root):
         name, module = todo.popitem()
         if isinstance(module, Module):  # what has the same parts as another one counts as well
             parts += 1 + sum(len(module.state[k]) for k in ("_modules", "_parameters", "_buffers"))
-        if not isinstance(module, Module) or parts > 10_000:
+        if not isinstance(module, Module) or parts > 10_000 or len(module.state) > 300:
             raise CheckpointError(f"G_ema.{name} is no module, or one of too many")
+        for key, value in module.state.items():  # it may be another network
+            if isinstance(value, Opaque) and not value.known:
+                raise CheckpointError(f"{f'G_ema.{name}'.rstrip('.')} has {key!r:.80}: {value}")
         modules[name] = module
         for kind, found in ("_modules", todo), ("_parameters", tensors), ("_buffers", tensors):
             for key, value in module.state[kind].items():

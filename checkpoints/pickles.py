@@ -2,8 +2,9 @@
 
 A pickle is a program for a small stack machine, and the machine of Python lets it call whatever it
 names. The one here knows the operations and the names that checkpoints are made of, and each of
-them builds plain, inert values. Everything else is refused, and nothing that a file merely claims
-takes time or memory: lengths, sizes and strides are compared with the bytes that are there.
+them builds plain, inert values. Any other name stands for a value that stays unread (Opaque), and
+any other operation is refused. Nothing that a file merely claims takes time or memory: lengths,
+sizes and strides are compared with the bytes that are there.
 """
 
 import functools
@@ -24,7 +25,7 @@ MAX_MEMBERS = 10_000  # of a zip archive
 
 
 class CheckpointError(ValueError):
-    """A file from which no generator can be read; the message is one line."""
+    """A file from which nothing can be read; the message is one line."""
 
 
 def some(names):
@@ -89,23 +90,39 @@ class Record:
     attributes = None  # {name: value}, once they are read
 
 
-class Opaque:
-    """A value that no generator needs, such as a training script's arguments, left unread."""
+class Opaque(NamedTuple):
+    """A value that no network needs, such as a training script's arguments, left unread.
 
-
-def read_pickled(data):
-    """The value in `data`, the bytes of a file of pickle or of torch.save (zip or legacy format).
-
-    It consists of None, numbers, text, bytes, tuples, lists, dicts, sets, StoredTensor, Module and
-    Opaque. Raises UnpicklingError if the file is cut short or wants more than that; what else is
-    damaged may raise anything, after bounded time and memory. CheckpointError: of TensorFlow.
+    name: "module.name" of its class or function, which is never looked up. known: whether files
+    of generators have it.
     """
-    operations = iter(range(MAX_OPERATIONS))
+
+    name: str
+    known: bool = True
+
+    def __str__(self):
+        return f"the name {self.name!a} is not allowed"
+
+
+def read_pickled(data, room=0):
+    """-> (value, the names that are none of a checkpoint's, whose values are left unread).
+
+    data: the bytes of a file of pickle or of torch.save (zip or legacy format). The value consists
+    of None, numbers, text, bytes, tuples, lists, dicts, StoredTensor, Module and Opaque; dicts keep
+    the items whose keys are text or sizes. room: to how many bytes a compressed storage may unfold,
+    if that is more than twice the bytes of the file.
+
+    Raises UnpicklingError if the file is cut short or not made of such; what else is damaged may
+    raise anything, after bounded time and memory. CheckpointError: of TensorFlow.
+    """
+    operations, names = iter(range(MAX_OPERATIONS)), _Names(_NAMES)
     if data.startswith(b"PK\x03\x04"):
-        return _read_zip(data, operations, _NAMES)
-    if data.startswith(_LEGACY_START):
-        return _read_legacy(operations, memoryview(data), _NAMES)
-    return _Run(operations, memoryview(data), 0, _NAMES).load()
+        value = _read_zip(data, operations, names, room)
+    elif data.startswith(_LEGACY_START):
+        value = _read_legacy(operations, memoryview(data), names)
+    else:
+        value = _Run(operations, memoryview(data), 0, names).load()
+    return value, [names[key].name for key in names if key not in _NAMES]
 
 
 def read_script(data):
@@ -144,7 +161,8 @@ def tensor_reader(limit):
         nonlocal left
         storage = stored.storage if isinstance(stored, StoredTensor) else None
         if type(name) is not str or storage is None or not storage.dtype.is_floating_point:
-            raise CheckpointError(f"{name!r:.80} is not a plain tensor of floats")
+            why = f": {stored}" if isinstance(stored, Opaque) else ""
+            raise CheckpointError(f"{name!r:.80} is not a plain tensor of floats{why}")
         try:
             stored.check()
             left -= math.prod(stored.size) * storage.dtype.itemsize
@@ -165,7 +183,7 @@ def tensor_reader(limit):
 # torch.save
 
 
-def _read_zip(data, operations, names):
+def _read_zip(data, operations, names, room=0):
     """The format of torch 1.6 on: <root>/data.pkl, and each storage in <root>/data/<key>."""
     if data.count(b"PK\x01\x02") > MAX_MEMBERS:
         raise UnpicklingError(f"more than {MAX_MEMBERS:,} members")
@@ -173,12 +191,12 @@ def _read_zip(data, operations, names):
     roots = [name[: -len("data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise UnpicklingError("a zip archive, but not of torch.save")
-    root = roots[0]
+    root, limit = roots[0], max(room, 2 * len(data))
 
     def member(name):
         info = archive.getinfo(root + name)
         known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        if not known or max(info.file_size, info.compress_size) > 2 * len(data):
+        if not known or max(info.file_size, info.compress_size) > limit:
             raise UnpicklingError("a member that is larger than the file")
         with archive.open(info) as file:
             return file.read(info.file_size)  # and no more, whatever the compressed bytes hold
@@ -231,8 +249,11 @@ def _read_legacy(operations, data, names):
 # The names that a file may use, and the functions they stand for
 
 
-def _opaque(*args):
-    return Opaque()
+class _Names(dict):
+    """{(module, name): value or function}; any other name is an Opaque from then on."""
+
+    def __missing__(self, key):
+        return self.setdefault(key, Opaque(".".join(key), known=False))
 
 
 def _record():
@@ -241,14 +262,6 @@ def _record():
 
 def _dict():
     return {}
-
-
-def _size(numbers):
-    return tuple(_short(numbers))
-
-
-def _set(items=()):
-    return {_checked_key(item) for item in _short(items)}
 
 
 def _module(meta):
@@ -260,6 +273,8 @@ def _parameter(tensor, *rest):
 
 
 def _tensor(storage, offset, size, stride, *rest):
+    if isinstance(storage, Opaque):  # of a type that no network has, such as complex numbers
+        return storage
     if not isinstance(storage, Storage) or type(size) is not tuple or type(stride) is not tuple:
         raise UnpicklingError("a tensor without storage or shape")
     return StoredTensor(storage, offset, size, stride)
@@ -282,52 +297,59 @@ _STORAGES = {
     ("torch", "ByteStorage"): torch.uint8,
     ("torch", "BoolStorage"): torch.bool,
 }
-_NAMES = {
+_READ = {
     **_STORAGES,
     ("collections", "OrderedDict"): _dict,
-    ("builtins", "set"): _set,
-    ("__builtin__", "set"): _set,
-    ("argparse", "Namespace"): _opaque,
-    ("torch", "device"): _opaque,
-    ("torch", "Size"): _size,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+}
+_UNREAD = [  # also the attributes of StyleGAN3
+    ("argparse", "Namespace"),
+    ("builtins", "set"),
+    ("__builtin__", "set"),
+    ("__builtin__", "bytes"),  # this and the next: bytes in protocol 2
+    ("_codecs", "encode"),
+    ("torch", "device"),
+    ("torch", "Size"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.numeric", "_frombuffer"),
+]
+_NAMES = {
+    **_READ,
+    **{key: Opaque(".".join(key)) for key in _UNREAD},
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch.storage", "_load_from_bytes"): _nested,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _module,
     ("dnnlib.util", "EasyDict"): _dict,
-    ("numpy", "dtype"): _opaque,
-    ("numpy", "ndarray"): _opaque,  # this and _reconstruct: attributes of StyleGAN3
-    ("numpy.core.multiarray", "scalar"): _opaque,
-    ("numpy.core.multiarray", "_reconstruct"): _opaque,
-    ("numpy._core.multiarray", "scalar"): _opaque,
-    ("numpy._core.multiarray", "_reconstruct"): _opaque,
 }
 _SCRIPT = {  # and, in `_Run.find`, all classes of the archive itself
-    **_STORAGES,
-    ("collections", "OrderedDict"): _dict,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch.jit._pickle", "build_boollist"): _opaque,
-    ("torch.jit._pickle", "build_doublelist"): _opaque,
-    ("torch.jit._pickle", "build_intlist"): _opaque,
-    ("torch.jit._pickle", "build_tensorlist"): _opaque,
-    ("torch.jit._pickle", "restore_type_tag"): _opaque,
+    **_READ,
+    ("torch.jit._pickle", "build_boollist"): Opaque("list"),
+    ("torch.jit._pickle", "build_doublelist"): Opaque("list"),
+    ("torch.jit._pickle", "build_intlist"): Opaque("list"),
+    ("torch.jit._pickle", "build_tensorlist"): Opaque("list"),
+    ("torch.jit._pickle", "restore_type_tag"): Opaque("tag"),
 }
 
 
-def _checked_key(key):
+def _is_key(key):
     """Text or a size. To hash or compare nested tuples can take any time, or the whole C stack;
     and larger ints can all have the same hash, which makes a dict of them slow.
     """
-    if type(key) is not str and not _is_size(key):
+    return type(key) is str or _is_size(key)
+
+
+def _checked_key(key):
+    if not _is_key(key):
         raise UnpicklingError(f"a {type(key).__name__} as a key")
     return key
-
-
-def _short(items):
-    """A tuple or list as they are given to functions: one that is long could be given often."""
-    if type(items) not in (tuple, list) or len(items) > 8:
-        raise UnpicklingError("a call with something else or more than files have")
-    return items
 
 
 def _is_size(number):
@@ -342,7 +364,7 @@ class _Run:
     """One pickle in `data`, a memoryview, from `position` on.
 
     operations: an iterator that ends when too many were run; pickles in a file share it.
-    names: {(module, name): function or type}. persistent: (key, Storage) -> Storage, or None.
+    names: {(module, name): function, type or Opaque}. persistent: (key, Storage) -> Storage.
     """
 
     def __init__(self, operations, data, position, names, persistent=None):
@@ -410,15 +432,17 @@ class _Run:
         self.memo[index] = self.stack[-1]
 
     def extend(self, values):
-        self.top(list).extend(values)
-
-    def add_items(self, values):
-        self.top(set).update(map(_checked_key, values))
+        if type(self.stack[-1]) is not Opaque:
+            self.top(list).extend(values)
 
     def set_items(self, items):
-        target = self.top(dict)
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_checked_key(key)] = value
+        if type(self.stack[-1]) is not Opaque:
+            pairs = zip(items[::2], items[1::2], strict=True)
+            self.top(dict).update({key: value for key, value in pairs if _is_key(key)})
+
+    def unread_set(self):
+        self.marked()
+        return Opaque("set")
 
     def build(self):
         """The state of an object, which is left out unless it is a Record."""
@@ -429,27 +453,38 @@ class _Run:
             raise UnpicklingError("a state for a value without one")
 
     def find(self, module, name):
-        if type(module) is str and module.startswith("dnnlib.tflib"):
+        if type(module) is not str or type(name) is not str or len(module) + len(name) > 200:
+            raise UnpicklingError("a name that is no text, or too long")
+        if module.startswith("dnnlib.tflib"):
             raise CheckpointError(
                 "a pickle of the TensorFlow era; wanted: what NVIDIA's legacy.py makes of it"
             )
-        if self.names is _SCRIPT and type(module) is str and module.startswith("__torch__"):
+        if self.names is _SCRIPT and module.startswith("__torch__"):
             return _record  # the class of an object, whatever its name
-        if (_checked_key(module), _checked_key(name)) not in self.names:
-            raise UnpicklingError(f"the name {f'{module}.{name}'[:80]!a} is not allowed")
-        return self.names[module, name]
+        try:
+            return self.names[module, name]
+        except KeyError:
+            raise UnpicklingError(str(Opaque(f"{module}.{name}"))) from None
 
     def call(self):
         function, args = self.last(2)
-        if not isinstance(function, FunctionType) or type(args) is not tuple:
-            raise UnpicklingError("a call of what is no function")
-        args = _short(args)
+        if isinstance(function, Opaque):
+            return function
+        if not isinstance(function, FunctionType) or type(args) is not tuple or len(args) > 8:
+            raise UnpicklingError("a call of what is no function, or with more than files have")
         return function(self.operations, *args) if function is _nested else function(*args)
+
+    def call_with_names(self):
+        if not isinstance(function := self.last(3)[0], Opaque):
+            raise UnpicklingError("a call with named arguments")
+        return function
 
     def persistent_id(self):
         kind, dtype, key, _, numel, *view = self.stack.pop()
         if self.persistent is None or kind != "storage" or view not in ([], [None]):
             raise UnpicklingError("a persistent id that is no storage")
+        if isinstance(dtype, Opaque):
+            return dtype
         return self.persistent(_checked_key(key), Storage(dtype, numel))
 
 
@@ -465,13 +500,15 @@ _VALUES = {  # what to put on the stack
     pickle.SHORT_BINUNICODE[0]: lambda run: run.text(1),
     pickle.BINUNICODE[0]: lambda run: run.text(4),
     pickle.BINUNICODE8[0]: lambda run: run.text(8),
+    pickle.BYTEARRAY8[0]: lambda run: run.take(run.integer(8)),
     pickle.SHORT_BINBYTES[0]: lambda run: run.take(run.integer(1)),
     pickle.BINBYTES[0]: lambda run: run.take(run.integer(4)),
     pickle.BINBYTES8[0]: lambda run: run.take(run.integer(8)),
     pickle.EMPTY_DICT[0]: lambda run: {},
     pickle.EMPTY_LIST[0]: lambda run: [],
-    pickle.EMPTY_SET[0]: lambda run: set(),
+    pickle.EMPTY_SET[0]: lambda run: Opaque("set"),
     pickle.EMPTY_TUPLE[0]: lambda run: (),
+    pickle.FROZENSET[0]: lambda run: run.unread_set(),
     pickle.TUPLE1[0]: lambda run: tuple(run.last(1)),
     pickle.TUPLE2[0]: lambda run: tuple(run.last(2)),
     pickle.TUPLE3[0]: lambda run: tuple(run.last(3)),
@@ -482,6 +519,7 @@ _VALUES = {  # what to put on the stack
     pickle.STACK_GLOBAL[0]: lambda run: run.find(*run.last(2)),
     pickle.REDUCE[0]: lambda run: run.call(),
     pickle.NEWOBJ[0]: lambda run: run.call(),
+    pickle.NEWOBJ_EX[0]: lambda run: run.call_with_names(),
     pickle.BINPERSID[0]: lambda run: run.persistent_id(),
 }
 _ACTIONS = {  # what else to do
@@ -493,7 +531,9 @@ _ACTIONS = {  # what else to do
     pickle.MEMOIZE[0]: lambda run: run.remember(len(run.memo)),
     pickle.APPEND[0]: lambda run: run.extend(run.last(1)),
     pickle.APPENDS[0]: lambda run: run.extend(run.marked()),
-    pickle.ADDITEMS[0]: lambda run: run.add_items(run.marked()),
+    pickle.ADDITEMS[0]: lambda run: run.extend(run.marked()),  # an Opaque, as all sets
+    pickle.POP[0]: lambda run: run.last(1),  # this and the next: of values in themselves
+    pickle.POP_MARK[0]: lambda run: run.marked(),
     pickle.SETITEM[0]: lambda run: run.set_items(run.last(2)),
     pickle.SETITEMS[0]: lambda run: run.set_items(run.marked()),
     pickle.BUILD[0]: lambda run: run.build(),

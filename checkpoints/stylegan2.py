@@ -1,18 +1,18 @@
 """Reading and writing generator checkpoints.
 
-  .pt            rosinality's layout, {"g_ema": state dict, "latent_avg": [w_dim]}; the published
-                 outputs of IPL and StyleGAN-NADA are the same without "latent_avg"
-  .pkl           NVIDIA's, of stylegan2-ada-pytorch and of StyleGAN2 in the stylegan3 repository
-  .safetensors   ours: the state dict and "latent_avg", with the generator's config as metadata
+  rosinality's   .pt: {"g_ema": state dict, "latent_avg": [w_dim]}; the published outputs of IPL and
+                 StyleGAN-NADA are the same without "latent_avg", others have the state dict alone
+  NVIDIA's       .pkl, of stylegan2-ada-pytorch and of StyleGAN2 in the stylegan3 repository
+  safetensors    ours: the state dict and "latent_avg", with the generator's config as metadata
 
-No code in a file is ever run, and nothing that a file only claims takes time or memory.
+The content of a file says which it is, whatever its name. No code in it is ever run, and nothing
+that it only claims takes time or memory.
 """
 
 import inspect
 import io
 import json
-import math
-import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +20,17 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
-from checkpoints.files import write_atomically
+from checkpoints.files import (
+    check_finite,
+    check_names,
+    is_safetensors,
+    read_file,
+    unwrapped,
+    write_atomically,
+)
 from checkpoints.nvidia import read_nvidia
-from checkpoints.pickles import CheckpointError, Module, read_pickled, some, tensor_reader
-from stylegan2_ops.generator import Generator
+from checkpoints.pickles import CheckpointError, Module, Opaque, read_pickled, some, tensor_reader
+from stylegan2_ops.generator import Fir, Generator
 
 # What training runs keep beside the generator: those of rosinality and NADA, those of NVIDIA.
 TRAINING = {"g", "d", "g_optim", "d_optim", "args", "ada_aug_p", "iter"}
@@ -47,8 +54,9 @@ def load_generator(path, device="cpu", class_index=None):
 
     path: a file, or a URL (http:// or https://), which is downloaded once: see `download`.
     class_index: which class a conditional generator shall draw. Where the file has no average of w,
-    w_avg is the mean w of 4096 z drawn with seed 0; the global random state is left alone. Unknown
-    entries beside the generator are ignored with a warning.
+    w_avg is the mean w of 4096 z drawn with seed 0, and where it has no noise, that is drawn with
+    seed 0 too; the global random state is left alone. Warnings tell of noise that was drawn, of
+    unknown entries beside the generator, and of values left unread, whose code would have to run.
 
     Raises CheckpointError if the file is missing, damaged or made of more than plain tensors; if
     they are not those of a StyleGAN2 generator, or not finite, and then names the tensor at fault;
@@ -57,8 +65,6 @@ def load_generator(path, device="cpu", class_index=None):
     _, config, state, w_avg, beside = read_checkpoint(path)
     if unknown := [name for name in beside if name not in TRAINING]:
         warnings.warn(f"{path}: ignored {some(unknown)}", stacklevel=2)
-    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"{path}: not finite: {some(broken)}; wanted: another checkpoint")
     classes = config["c_dim"]
     if class_index is None:
         class_index = config["class_index"]
@@ -76,6 +82,8 @@ def load_generator(path, device="cpu", class_index=None):
         z = torch.randn(4096, generator.z_dim, generator=rng)
         w_avg = generator.mapping(z.to(device)).mean(0)
     generator.w_avg.copy_(w_avg.reshape(-1))
+    if not generator.w_avg.isfinite().all():
+        raise CheckpointError(f"{path}: its w are not finite; wanted: another checkpoint")
     return generator
 
 
@@ -92,50 +100,44 @@ def save_generator(generator, path):
 
 def read_checkpoint(path):
     """Read a Checkpoint, from a file or a URL. Nothing is computed; errors as `load_generator`."""
-    if not str(path).startswith(("http://", "https://")):
-        return _read_file(path)
-    from checkpoints.download import download  # which needs a POSIX system
-
-    url, file = str(path), download(str(path))
-    try:
-        return _read_file(file)
-    except CheckpointError as error:
-        if "#" not in url:  # it may have been cut short unseen: the next call fetches it again
-            file.unlink(missing_ok=True)
-        raise CheckpointError(f"{url}: {str(error).removeprefix(f'{file}: ')}") from error
+    return read_file(path, WANTED, _parse)
 
 
-def _read_file(path):
-    path, data = Path(path), b""
-    try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise CheckpointError(f"not a regular file; wanted: {WANTED}")
-        data = path.read_bytes()
-        if not data:
-            raise CheckpointError(f"damaged, it is empty; wanted: {WANTED}")
-        if path.suffix == ".safetensors":
-            return _read_safetensors(data)
-        value = read_pickled(data)
-        if isinstance(value, dict) and isinstance(value.get("G_ema"), Module):
-            return _read_nvidia(value, tensor_reader(4 * len(data)))
-        if isinstance(value, dict) and isinstance(value.get("g_ema"), dict):
-            return _read_rosinality(value, tensor_reader(4 * len(data)))
-        if isinstance(value, dict) and "text_projection" in value:
-            raise CheckpointError(f"a CLIP, not a generator; wanted: {WANTED}")
-        lacks = "g_ema" if data.startswith(b"PK") else "G_ema"
-        raise CheckpointError(f'not a generator checkpoint, it has no "{lacks}"; wanted: {WANTED}')
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; wanted: {WANTED}") from error
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:  # bytes that are no checkpoint can fail in any way
-        kind = type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):
-            kind += f": {error}"
-        other = "more than plain tensors"
-        if data and path.suffix != ".safetensors" and not data.startswith((b"PK", b"\x80")):
-            other = "written by neither pickle nor torch.save"  # such as a page that asks to log in
-        raise CheckpointError(f"{path}: damaged, or {other} ({kind}); wanted: {WANTED}") from error
+def _parse(data, notes):
+    """The bytes of a file -> Checkpoint, and notes for its reader."""
+    if is_safetensors(data):
+        return _read_safetensors(data, notes)
+    value, unread = read_pickled(data)
+    if isinstance(value, Module):
+        value = {"G_ema": value}
+    if isinstance(value, Opaque):
+        raise CheckpointError(f"{value}; wanted: {WANTED}")
+    if not isinstance(value, dict):
+        raise CheckpointError(f"not a generator checkpoint; wanted: {WANTED}")
+    if unread:
+        notes.append(f"left unread, as nothing is run: {some(unread)}")
+    if unwrapped(value, []).keys() >= {"input.input", "style.1.weight"}:
+        value = {"g_ema": value}
+    read = tensor_reader(4 * len(data))
+    if isinstance(value.get("G_ema"), Module):
+        return _read_nvidia(value, read, notes)
+    if isinstance(value.get("g_ema"), dict):
+        return _read_rosinality(value, read, notes)
+    _refuse_others(value)
+    nvidias, theirs = (keys & value.keys() for keys in ({"G", "D", "G_ema"}, {"g", "d", "g_ema"}))
+    key = '"G_ema"' if nvidias else '"g_ema"' if theirs else '"g_ema" or "G_ema"'
+    found = next((f", but {x}" for x in map(value.get, nvidias | theirs) if type(x) is Opaque), "")
+    raise CheckpointError(f"not a generator checkpoint, it has no {key}{found}; wanted: {WANTED}")
+
+
+def _refuse_others(state):
+    """Raise CheckpointError for a state dict that is known, but none of a generator of ours."""
+    if "text_projection" in state:
+        raise CheckpointError(f"a CLIP, not a generator; wanted: {WANTED}")
+    if "synthesis.b4.const" in state:
+        raise CheckpointError(
+            "NVIDIA's tensors without their network; wanted: the .pkl from which they were taken"
+        )
 
 
 def write_checkpoint(checkpoint, path):
@@ -175,8 +177,10 @@ def misfit_of(config):
 # The three formats: bytes or values of a file -> Checkpoint
 
 
-def _read_rosinality(value, read):
-    state = {name: read(name, stored) for name, stored in value["g_ema"].items()}
+def _read_rosinality(value, read, notes):
+    stored = unwrapped(value["g_ema"], notes)
+    _refuse_others(stored)
+    state = {name: read(name, tensor) for name, tensor in stored.items()}
     w_avg = value.get("latent_avg")
     if w_avg is not None:
         try:
@@ -185,28 +189,31 @@ def _read_rosinality(value, read):
             w_avg = torch.empty(0)  # refused below, with the size that it should have
     config = value.get("generator_config", _config_of(state))
     beside = [k for k in value if k not in ("g_ema", "latent_avg", "generator_config")]
-    config = _checked(config, state, w_avg, "rosinality")
+    config = _checked(config, state, w_avg, "rosinality", notes)
     return Checkpoint("rosinality's", config, state, w_avg, beside)
 
 
-def _read_nvidia(value, read):
+def _read_nvidia(value, read, notes):
     config, state, w_avg = read_nvidia(value["G_ema"], read)
-    config = _checked(config, state, w_avg, "StyleGAN2")
+    config = _checked(config, state, w_avg, "StyleGAN2", notes)
     return Checkpoint("NVIDIA's", config, state, w_avg, [k for k in value if k != "G_ema"])
 
 
-def _read_safetensors(data):
+def _read_safetensors(data, notes):
     state = safetensors.torch.load(data)
+    w_avg = state.pop("latent_avg", None)
+    state = unwrapped(state, notes)
+    _refuse_others(state)
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{name!r:.80} is not a plain tensor of floats")
-    w_avg = state.pop("latent_avg", None)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     config = header.get("__metadata__", {}).get("config")
     config = _config_of(state) if config is None else json.loads(config)
     if isinstance(config, dict) and isinstance(config.get("channels"), dict):
         config["channels"] = {int(size): c for size, c in config["channels"].items()}
-    return Checkpoint("safetensors", _checked(config, state, w_avg, "StyleGAN2"), state, w_avg, [])
+    config = _checked(config, state, w_avg, "StyleGAN2", notes)
+    return Checkpoint("safetensors", config, state, w_avg, [])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -219,8 +226,8 @@ def _config_of(state):
     def size(name):
         return state[name].numel() if name in state else 1  # if missing, it is named later
 
-    noises = [size(name) for name in state if str(name).startswith("noises.")]
-    log2 = max(3, math.isqrt(max(noises, default=0)).bit_length() - 1)
+    convs = [re.match(r"convs\.(\d{1,2})\.", str(name)) for name in state]
+    log2 = 2 + max(1, (max((int(conv[1]) for conv in convs if conv), default=0) + 1) // 2)
     styles = [name for name in state if str(name).startswith("style.")]
     return {
         "resolution": 2**log2,
@@ -283,18 +290,27 @@ def empty_generator(config):
         raise CheckpointError(str(error)) from error
 
 
-def _checked(config, state, w_avg, layout):
-    """The full config, if the tensors are those of a generator with `config`."""
+def _checked(config, state, w_avg, layout, notes):
+    """The full config, if the tensors are those of a generator with `config`.
+
+    What no training changes may be missing, as in published files: it is added to `state`.
+    """
     generator = empty_generator(config)
     expected = generator.state_dict()
-    if missing := [name for name in expected if name not in state]:
-        raise CheckpointError(f"not a {layout} generator, it lacks {some(missing)}")
-    if extra := [name for name in state if name not in expected]:
-        raise CheckpointError(f"not a {layout} generator, it has {some(extra)}")
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            found, wanted = tuple(state[name].shape), tuple(tensor.shape)
-            raise CheckpointError(f"{name} is {found}, not {wanted}")
+    missing = [name for name in expected if name not in state]
+    kernels = [name for name in missing if name.endswith(".kernel")]
+    noises = [name for name in missing if name.startswith("noises.")]
+    if generator.resolution > 2048:  # a small file shall not make large noise
+        noises = []
+    wanted = {name: x for name, x in expected.items() if name not in {*kernels, *noises}}
+    check_names(state, wanted, f"a {layout} generator")
     if w_avg is not None and not (w_avg.is_floating_point() and w_avg.numel() == generator.w_dim):
         raise CheckpointError(f'"latent_avg" is not a vector of {generator.w_dim}')
+    check_finite(state if w_avg is None else {**state, "latent_avg": w_avg})
+
+    state.update({name: Fir().kernel for name in kernels})
+    rng = torch.Generator().manual_seed(0)
+    state.update({name: torch.randn(expected[name].shape, generator=rng) for name in noises})
+    if noises:
+        notes.append(f"it lacks {some(noises)}, which are drawn with seed 0")
     return generator.config

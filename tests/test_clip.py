@@ -1,8 +1,5 @@
 """Section 2: CLIP's loading, image transform and encoders against golden/clip_tiny_io.pt."""
 
-import warnings
-from pathlib import Path
-
 import clip
 import pytest
 import torch
@@ -74,13 +71,6 @@ def test_logits(clip_pair):
     close(clip_model.logit_scale.exp() * x @ t.T, g["per_image"])
 
 
-def test_loaded_clip_is_frozen_float32_in_eval_mode(clip_pair):
-    clip_model = clip_pair[0]
-    assert not clip_model.training
-    for p in clip_model.parameters():
-        assert p.dtype == torch.float32 and not p.requires_grad
-
-
 def test_blocks_keep_their_mask(clip_pair):
     masks = [block.attn_mask.clone() for block in clip_pair[0].transformer.resblocks]
     ipl.encode_texts(clip_pair[0], "anime")
@@ -107,35 +97,14 @@ def test_a_name_goes_to_clip_load(monkeypatch, clip_pair):
 
     monkeypatch.setattr(clip, "load", load)
     clip_model, _ = ipl.load_clip("ViT-B/32")
-    assert asked == [("ViT-B/32", "cpu", False)]
+    assert asked == [("ViT-B/32", "cpu", False)] and not clip_model.training
+    assert {(p.dtype, p.requires_grad) for p in clip_model.parameters()} == {(torch.float32, False)}
     close(ipl.encode_texts(clip_model, "anime"), ipl.encode_texts(clip_pair[0], "anime"))
 
 
-def test_neither_name_nor_file():
+def test_neither_name_nor_file(tmp_path):
     with pytest.raises(ValueError, match=r"'ViT-X'.*FileNotFoundError.* one of RN50"):
         ipl.load_clip("ViT-X")
-
-
-class Hostile:
-    def __reduce__(self):
-        return Path.touch, (Path("pwned_by_pickle"),)
-
-
-@pytest.mark.parametrize("content", ["text", "list", "other", "script", "hostile", "cut"])
-def test_foreign_files_are_refused(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "clip.pt"
-    if content == "text":
-        path.write_text("not a checkpoint")
-    elif content == "script":
-        with warnings.catch_warnings(action="ignore"):
-            torch.jit.script(torch.nn.Linear(2, 2)).save(path)
-    elif content == "cut":
-        path.write_bytes((GOLDEN / "clip_tiny.pt").read_bytes()[:5000])
-    else:
-        torch.save(
-            {"list": [1], "other": {"a": torch.zeros(1)}, "hostile": Hostile()}[content], path
-        )
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        ipl.load_clip(path)
-    assert not (tmp_path / "pwned_by_pickle").exists()
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other.pt' cannot be loaded"):
+        ipl.load_clip(tmp_path / "other.pt")
