@@ -19,8 +19,8 @@ the label, which is as much as a learned prompt can write.
 """
 
 import functools
+import io
 import math
-import os
 import random
 import time
 import zipfile
@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
+from checkpoints.files import write_atomically
 from miniature import captions, faces
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -50,7 +51,7 @@ class Config:
     token_noise: float = 0.2  # Random noise on token embeddings, whose rows start at rms 1.
     seed: int = 0  # Of the weights, the batches and the pool (plus one).
     threads: int = 0  # CPU threads; 0 is torch's choice.
-    out: Path = Path(__file__).parents[1] / "weights" / "clip.pt"  # The checkpoint, in OpenAI's format.
+    out: Path = Path("runs/clip.pt")  # In OpenAI's format; miniature/weights/clip.pt at a release.
     state: Path = Path("runs/train_clip.pt")  # Resumed from when it exists; beside the pool.
 
 
@@ -341,19 +342,20 @@ def save(model, seen, path):
     model.token_embedding.weight.data[~seen] = 0
     model.token_embedding.weight.data = model.token_embedding.weight.data.half().float()
     clip.model.convert_weights(model)
-    aside, deflated = path.with_suffix(".tmp"), path.with_suffix(".zip.tmp")
-    torch.save(model.state_dict(), aside)
-    with (
-        zipfile.ZipFile(aside) as stored,
-        zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for name in stored.namelist():
-            packed.writestr(name, stored.read(name))
-    aside.unlink()
-    os.replace(deflated, path)
+    stored = io.BytesIO()
+    torch.save(model.state_dict(), stored)
+    write_atomically(path, lambda aside: deflate(stored, aside))
+
+
+def deflate(stored, path):
+    """Write a zip archive, an open file, anew: compressed."""
+    with zipfile.ZipFile(stored) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in plain.namelist():
+            file.writestr(name, plain.read(name))
 
 
 # ----------------------------------------------------------------------------
+# Training
 
 
 def batch_of_texts(model, index, paired, pool, cfg, words, rng):
@@ -366,8 +368,9 @@ def batch_of_texts(model, index, paired, pool, cfg, words, rng):
     else:
         n = len(index) // 2
         domains = [faces.DOMAINS[int(styles[i, 0])] for i in index]
-        spoken = [captions.speak_of(categories[i], domains[n + j], words)
-                  for j, i in enumerate(index[:n])]
+        spoken = [
+            captions.speak_of(categories[i], domains[n + j], words) for j, i in enumerate(index[:n])
+        ]
         phrases = [p for p, _ in spoken]
         says = [both[0] for _, both in spoken] + [both[1] for _, both in spoken]
         if words.random() < 0.5:
@@ -381,87 +384,88 @@ def batch_of_texts(model, index, paired, pool, cfg, words, rng):
     return encode_text(model, tokens, cfg.token_noise, rng, ctx), torch.tensor(says), tokens
 
 
+def schedule(cfg, step):
+    """At a step: the side of the pictures, the learning rate, the radius of the attack."""
+    small = step < cfg.small_steps
+    t = step / cfg.small_steps if small else (step - cfg.small_steps) / cfg.large_steps  # 0 to 1
+    warm, decay = min(1, t * 20 + 0.02), 0.5 + 0.5 * math.cos(t * math.pi)
+    epsilon = 0 if small else cfg.epsilon * min(1, max(0, (t - 0.05) / 0.2))
+    return (64 if small else 128), cfg.lr * (1 if small else 0.6) * warm * decay, epsilon
+
+
+def optimiser(model, heads):
+    trained = [*model.parameters(), *heads.parameters()]
+    decay, rest = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = {"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0}
+    return torch.optim.AdamW(groups)
+
+
 def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    for path in (cfg.out, cfg.state):
+        path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.seed)
     rng, words = torch.Generator().manual_seed(cfg.seed), random.Random(cfg.seed)
     pool_path = cfg.state.with_name("train_clip_pool.pt")
-    cfg.state.parent.mkdir(parents=True, exist_ok=True)
     if not pool_path.exists():
-        torch.save(render_pool(cfg.pool, cfg.seed + 1), pool_path)
-    pool = images, categories, styles = torch.load(pool_path, weights_only=True)
+        pool = render_pool(cfg.pool, cfg.seed + 1)
+        write_atomically(pool_path, lambda aside: torch.save(pool, aside))
+    images, categories, styles = pool = torch.load(pool_path, weights_only=True)
     looks = captions.looks(categories, styles)
 
-    total = cfg.small_steps + cfg.large_steps
+    total, done = cfg.small_steps + cfg.large_steps, 0
     saved = torch.load(cfg.state, weights_only=True) if cfg.state.exists() else None
-    start_step = saved["step"] if saved else 0
-    model = build(64 if start_step < cfg.small_steps else 128, saved and saved["model"]).train()
+    size = schedule(cfg, saved["step"] - 1 if saved else 0)[0]
+    model = build(size, saved and saved["model"]).train()
     heads, seen = FactorHeads(), torch.zeros(VOCABULARY, dtype=torch.bool)
+    adam = optimiser(model, heads)
     if saved:
         heads.load_state_dict(saved["heads"])
-        seen = saved["seen"]
-
-    def optimiser():
-        trained = [*model.parameters(), *heads.parameters()]
-        decay = [p for p in trained if p.ndim > 1]
-        rest = [p for p in trained if p.ndim <= 1]
-        return torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0}],
-            lr=cfg.lr,
-        )
-
-    adam = optimiser()
-    if saved:
-        if start_step != cfg.small_steps:
-            adam.load_state_dict(saved["adam"])
+        adam.load_state_dict(saved["adam"])
         rng.set_state(saved["rng"])
         words.setstate(saved["words"])
+        done, seen = saved["step"], saved["seen"]
 
     def encode(x):
         with torch.autocast("cpu", torch.bfloat16, enabled=cfg.bfloat16):
             return encode_image(model, x).float()
 
+    def attacked_loss(domain_alone, texts, scale, fit, label_texts, styles, looks, x):
+        features = encode(x)
+        if domain_alone:
+            return domain_loss(features, label_texts, styles)
+        return contrastive(features, texts, scale, fit) + heads.loss(features, looks)
+
     start = time.time()
-    bar = trange(start_step, total, initial=start_step, total=total, desc="clip", disable=None)
-    for step in bar:
-        if step == cfg.small_steps:
-            model = build(128, model.state_dict()).train()
-            adam = optimiser()
-        small = step < cfg.small_steps
-        t = step / cfg.small_steps if small else (step - cfg.small_steps) / cfg.large_steps
-        warm, decay = min(1, t * 20 + 0.02), 0.5 + 0.5 * math.cos(t * math.pi)
+    for step in trange(done, total, initial=done, total=total, desc="clip", disable=None):
+        size, rate, epsilon = schedule(cfg, step)
+        if size != model.visual.input_resolution:
+            model = build(size, model.state_dict()).train()
+            adam = optimiser(model, heads)
         for group in adam.param_groups:
-            group["lr"] = cfg.lr * (1.0 if small else 0.6) * warm * decay
+            group["lr"] = rate
 
         index, paired = pick(styles, cfg.batch, rng)
-        texts = batch_of_texts(model, index, paired, pool, cfg, words, rng)
-        text_features, says, tokens = texts
-        seen[tokens] = True
-        fit = captions.fits(categories[index], styles[index], says)
-        scale = model.logit_scale.exp().clamp_max(60)
+        seen_styles, seen_looks = styles[index], looks[index]
+        text_features, says, tokens = batch_of_texts(model, index, paired, pool, cfg, words, rng)
         general = captions.general(words)
         labels = clip.tokenize([captions.tidy(general.format(d), words) for d in faces.DOMAINS])
         label_features = encode_text(model, labels, cfg.token_noise, rng)
-        seen[labels] = True
-        epsilon = 0 if small else cfg.epsilon * min(1, max(0, (t - 0.05) / 0.2))
+        seen[tokens] = seen[labels] = True
+        fit = captions.fits(categories[index], seen_styles, says)
+        scale = model.logit_scale.exp().clamp_max(60)
+
         attacked = epsilon and step % 8  # every eighth step stays clean
         x = augment(images[index].float() / 127.5 - 1, rng, 0.2 if attacked else 0.7)
         if attacked:
-            fixed = text_features.detach(), scale.detach(), fit
-            fixed_labels = label_features.detach(), styles[index]
-
-            def attacked_loss(v, step=step, index=index, fixed=fixed, fixed_labels=fixed_labels):
-                features = encode(v)
-                if step % 4:  # six of seven attack the domain, the others all that is said
-                    return domain_loss(features, *fixed_labels)
-                return contrastive(features, *fixed) + heads.loss(features, looks[index])
-
-            x = attack(x, epsilon, attacked_loss, steps=2, rng=rng)
+            constant = text_features.detach(), scale.detach(), fit, label_features.detach()
+            # six of seven attack the domain, the others all that is said
+            against = functools.partial(attacked_loss, step % 4, *constant, seen_styles, seen_looks)
+            x = attack(x, epsilon, against, steps=2, rng=rng)
         image_features = encode(x)
         loss = contrastive(image_features, text_features, scale, fit)
-        loss = loss + domain_loss(image_features, label_features, styles[index])
-        seen_looks = looks[index]
+        loss = loss + domain_loss(image_features, label_features, seen_styles)
         read = heads.loss(image_features, seen_looks), heads.loss(text_features, seen_looks, says)
         loss = loss + sum(read)
         if paired:
@@ -480,8 +484,7 @@ def main(cfg):
                 "heads": heads.state_dict(),
                 "seen": seen,
             }
-            torch.save(state, cfg.state.with_suffix(".tmp"))
-            os.replace(cfg.state.with_suffix(".tmp"), cfg.state)
+            write_atomically(cfg.state, functools.partial(torch.save, state))
             save(model, seen, cfg.out)
             figures = ", ".join(f"{k} {v:.3f}" for k, v in report(model, n=64).items())
             print(

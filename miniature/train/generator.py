@@ -7,7 +7,6 @@ the mean code, so that truncation means milder proportions. *Mapping*: z ~ N(0, 
 code of the person that ``faces.persons_from_z`` reads off z.
 """
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from tqdm import trange
 
 from checkpoints import save_generator
+from checkpoints.files import write_atomically
 from miniature import faces
 from stylegan2_ops import Generator
 
@@ -35,7 +35,7 @@ class Config:
     mapping_lr: float = 8.0  # Peak rate of the mapping network (its layers run at 0.01 of it).
     seed: int = 0  # Of the weights and the batches.
     threads: int = 0  # CPU threads; 0 is torch's choice.
-    out: Path = Path(__file__).parents[1] / "weights" / "photo.pt"  # The generator.
+    out: Path = Path("runs/photo.pt")  # The generator; miniature/weights/photo.pt at a release.
     state: Path = Path("runs/train_generator.pt")  # Resumed from when it exists.
 
 
@@ -97,6 +97,8 @@ def report(G, seed=10_000):
 def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    for path in (cfg.out, cfg.state):
+        path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
     G = Generator(64, CHANNELS, faces.W_DIM, n_mlp=8)
@@ -111,13 +113,7 @@ def main(cfg):
             p.data.mul_(0.03)
     adam, schedule = optimiser(synthesis, cfg.lr, cfg.steps)
     adam_map, schedule_map = optimiser(G.style.parameters(), cfg.mapping_lr, cfg.mapping_steps)
-    parts = {
-        "G": G,
-        "adam": adam,
-        "schedule": schedule,
-        "adam_map": adam_map,
-        "schedule_map": schedule_map,
-    }
+    parts = dict(G=G, adam=adam, schedule=schedule, adam_map=adam_map, schedule_map=schedule_map)
     done = {"synthesis": 0, "mapping": 0}
     if cfg.state.exists():
         saved = torch.load(cfg.state, weights_only=True)
@@ -127,11 +123,9 @@ def main(cfg):
         rng.set_state(saved["rng"])
 
     def checkpoint():
-        cfg.state.parent.mkdir(parents=True, exist_ok=True)
-        aside = cfg.state.with_suffix(".tmp")
-        states = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({**states, "done": done, "rng": rng.get_state()}, aside)
-        os.replace(aside, cfg.state)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"done": done, "rng": rng.get_state()}
+        write_atomically(cfg.state, lambda aside: torch.save(state, aside))
         save_generator(G, cfg.out)
 
     start = time.time()

@@ -5,7 +5,6 @@ photometric changes so that none of these passes for a domain. Its data draw (se
 CLIP's.
 """
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
+from checkpoints.files import write_atomically
 from miniature import faces
 from miniature.judge import Judge
 
@@ -26,7 +26,7 @@ class Config:
     lr: float = 1.5e-3  # Peak rate, cosine to 0.
     seed: int = 777  # Of the weights and the pictures; not the CLIP's.
     threads: int = 0  # CPU threads; 0 is torch's choice.
-    out: Path = Path(__file__).parents[1] / "weights" / "judge.pt"  # The judge, in half precision.
+    out: Path = Path("runs/judge.pt")  # Float16; miniature/weights/judge.pt at a release.
 
 
 def labelled_pictures(n, rng):
@@ -106,6 +106,7 @@ def report(judge, seed=30_000, n=200):
 def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
     judge = Judge().to(memory_format=torch.channels_last)
@@ -124,9 +125,8 @@ def main(cfg):
         schedule.step()
         if (step + 1) % 250 == 0:
             print(f"{step + 1}: loss {loss.item():.3f}, {time.time() - start:.0f} s", flush=True)
-    aside = cfg.out.with_suffix(".tmp")
-    torch.save({k: v.half().contiguous() for k, v in judge.state_dict().items()}, aside)
-    os.replace(aside, cfg.out)
+    state = {k: v.half().contiguous() for k, v in judge.state_dict().items()}
+    write_atomically(cfg.out, lambda aside: torch.save(state, aside))
     print(", ".join(f"{k} {v:.3f}" for k, v in report(judge).items()))
 
 
