@@ -1,1 +1,40 @@
-"""What the command line of ipl.py needs around the method: checks, processes, the run folder."""
+"""The command line of ipl.py: `main` finds out which command it is, and for what settings."""
+
+import sys
+import unicodedata
+
+import tyro
+
+import ipl
+from cli import adapt, convert, inspect, processes, run_folder, sample, settings
+
+
+def main(argv=None):
+    """argv: words, else those of the process. Exits with 2 for bad input, in one line."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with processes.lenient_streams(), ipl.plain_torch():
+        with processes.plain_words(speaks=processes.is_first()):
+            runs = command(argv)
+        processes.make_all(runs, adapt.adapt)
+
+
+def command(argv):
+    """Does what is asked for -> the runs that are left to make."""
+    check_words(argv)
+    if argv and not argv[0].startswith("-"):
+        known = sample.sample, convert.convert, inspect.inspect
+        commands = {function.__name__: function for function in known}
+        tyro.extras.subcommand_cli_from_dict(commands, prog="ipl.py", args=argv)
+        return []
+    runs = run_folder.spread(settings.parse(argv, describe=processes.is_first()))
+    for run in runs[1:]:  # none begins where a later one is refused
+        adapt.prepare(run)
+    return runs
+
+
+def check_words(argv):
+    """Raises ValueError for words that are no text."""
+    for before, word in zip(["", *argv], argv, strict=False):
+        if any(unicodedata.category(x) in ("Cc", "Cs") for x in word):
+            flag = before if before.startswith("-") else "a word"
+            raise ValueError(f"{flag} is {word!r}; wanted: UTF-8 without control characters")

@@ -1,14 +1,10 @@
-"""What `python ipl.py convert` and `python ipl.py inspect` do. Neither runs a network.
+"""python ipl.py convert: a checkpoint's generator in another format. No network runs."""
 
-Their docstrings are the --help texts. Both raise CheckpointError if the source cannot be read.
-`convert` raises it as well if the source does not fit rosinality's layout, ValueError if it cannot
-write to such a name, and OSError if it cannot write at all.
-"""
-
+import os
 from pathlib import Path
 
-from checkpoints.pickles import some
-from checkpoints.stylegan2 import TRAINING, empty_generator, read_checkpoint, write_checkpoint
+from checkpoints.stylegan2 import read_checkpoint, write_checkpoint
+from cli.settings import expand
 
 
 def convert(source: str, target: Path, /):
@@ -18,49 +14,14 @@ def convert(source: str, target: Path, /):
         source: Checkpoint, a file or a URL.
         target: File to write, .pt for rosinality's layout or .safetensors; replaced if it is there.
     """
+    source, target = expand(source), Path(expand(target))
     named = target.suffix in (".pt", ".safetensors")
     if not named or not target.parent.is_dir() or target.is_dir():
         raise ValueError(
             f"cannot convert to {target}; wanted: a name in .pt (rosinality's layout) or "
             ".safetensors, in a folder that is there"
         )
-    if target.exists() and Path(source).exists() and target.samefile(source):
+    if target.exists() and os.path.exists(source) and target.samefile(source):
         raise ValueError(f"cannot convert {source} to itself; wanted: another name")
     write_checkpoint(read_checkpoint(source), target)
     print(f"{target}: the generator of {source}")
-
-
-def inspect(source: str, /):
-    """Print what is in a checkpoint, a line for each fact.
-
-    Args:
-        source: Checkpoint, a file or a URL.
-    """
-    layout, config, state, w_avg, beside = read_checkpoint(source)
-    generator = empty_generator(config)
-    convs = sum(name.endswith(".noise.weight") for name in state)
-    to_rgbs = sum(name.startswith("to_rgb") and name.endswith(".conv.weight") for name in state)
-    types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
-    clamp, fp16, classes = (config[name] for name in ("conv_clamp", "num_fp16_res", "c_dim"))
-    chosen = config["class_index"]
-    drawn = "--class-index chooses" if chosen is None else f"of which it draws {chosen}"
-    parameters = sum(p.numel() for p in generator.parameters())
-    training = [name for name in beside if name in TRAINING]
-    unknown = [name for name in beside if name not in TRAINING]
-    facts = {
-        "layout": layout,
-        "resolution": config["resolution"],
-        "channels": ", ".join(f"{size}: {width}" for size, width in config["channels"].items()),
-        "z_dim, w_dim": f"{config['z_dim']}, {config['w_dim']}",
-        "num_ws": generator.num_ws,
-        "layers": f"{config['n_mlp']} of the mapping, {convs} convolutions, {to_rgbs} to RGB",
-        "architecture": config["architecture"],
-        "conv_clamp": "none" if clamp is None else f"{clamp:g}",
-        "float16": f"{fp16} highest resolutions, on a GPU" if fp16 else "none",
-        "classes": f"{classes}, {drawn}" if classes else "none",
-        "parameters": f"{parameters:,}, stored as {', '.join(types)}",
-        "w_avg": "none, it will be estimated" if w_avg is None else "in the file",
-        "training state": ", ".join(training) or "none",
-        "unknown": some(unknown) or "nothing",
-    }
-    print("\n".join(f"{name:16}{value}" for name, value in facts.items()))

@@ -1,80 +1,93 @@
-"""The process of a run: its words to the user, its signals, its device, its fellow processes."""
+"""The process of a run: its words to the user, its signals, its device, its fellow processes.
 
-import argparse
+Whatever the surroundings are like (closed streams, a locale that lacks letters, filters of
+warnings), a run that is finished has not failed.
+"""
+
 import contextlib
 import ctypes
 import fcntl
-import io
 import os
 import re
 import signal
 import sys
 import tempfile
-import unicodedata
+import threading
+import time
 import warnings
-from functools import partial, wraps
-from itertools import groupby
 
 import torch
 import torch.distributed as dist
 
+import ipl
+from cli.settings import Settings, flag
 
-def parse(kind, argv, prog="ipl.py", **more):
-    """tyro.cli, with errors of one line: a dataclass -> its value, a function -> its call to make.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that save and stop
 
-    Raises ValueError for words that do not fit, and for those that are no text; exits after --help.
+# ----------------------------------------------------------------------------------------------
+# Words
+
+
+class Stream:
+    """stdout or stderr: what a closed, broken or full one cannot take is lost, and no error; what
+    its encoding lacks is escaped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def _try(self, function, *args):
+        try:
+            return function(*args)
+        except (OSError, ValueError):  # ValueError: it is closed
+            with contextlib.suppress(OSError, ValueError):  # what waits in it leads nowhere, too
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.stream.fileno())
+                os.close(null)
+
+    def isatty(self):
+        return bool(self._try(self.stream.isatty))
+
+    def write(self, words):
+        encoding = self.stream.encoding or "utf-8"
+        words = words.encode(encoding, "backslashreplace").decode(encoding)
+        return self._try(self.stream.write, words)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+
+@contextlib.contextmanager
+def lenient_streams():
+    """Inside, nothing that is wrong with stdout and stderr is an error.
+
+    Those that were closed before Python began lead nowhere, instead of into the next file that is
+    opened: it would get their number, and with it what C libraries print.
     """
-    import tyro
-
-    for before, word in zip(["", *argv], argv, strict=False):
-        if any(unicodedata.category(x) in ("Cc", "Cs") for x in word):
-            flag = before if before.startswith("-") else "a word"
-            raise ValueError(f"{flag} is {word!r}; wanted: UTF-8 without control characters")
-    if not isinstance(kind, type):
-        function = kind
-        kind = wraps(function)(lambda *args, **kwargs: partial(function, *args, **kwargs))
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=argv, prog=prog, **more)
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise
-        raise ValueError(f"{_out_of_box(box.getvalue())}; see {prog} --help") from exit_
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+    with contextlib.ExitStack() as stack:
+        null = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(Stream(sys.stdout or null)))
+        stack.enter_context(contextlib.redirect_stderr(Stream(sys.stderr or null)))
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
-def parse_command(functions, argv):
-    """The call of the one that argv[0] names, as `parse`. Raises ValueError if none does."""
-    name, known = argv[0], {function.__name__: function for function in functions}
-    if name not in known:
-        wanted = f"{', '.join(known)}, or flags alone such as --target anime"
-        raise ValueError(f"no command {name!r}; wanted: {wanted}")
-    return parse(known[name], argv[1:], f"ipl.py {name}")
-
-
-def _out_of_box(text):
-    """What tyro says is wrong, and the flag that it thinks was meant, without frame and help."""
-    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
-    rule = re.compile("[─-]+")  # the latter where stdout is not UTF-8
-    first = 2 if rule.fullmatch(lines[1]) else 1  # after the title
-    wrong, *help_ = (
-        list(group) for is_rule, group in groupby(lines[first:], rule.fullmatch) if not is_rule
-    )
-    words = re.sub(r" Got errors:.*", "", " ".join(filter(None, wrong))).rstrip(".")
-    known = "Argument helptext:", "Perhaps you meant:"
-    meant = help_[0][1:2] if help_ and help_[0][0] in known else []
-    return "; wanted: ".join([words, *meant])
-
-
-def split(argv, flag):
-    """A command line for each value of a flag that may be given several times."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(flag, action="append", default=[], dest="values")
-    try:
-        found, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError:  # the flag without a value, for `parse` to refuse
-        return [argv]
-    return [[*rest, flag, value] for value in found.values] or [argv]
+def as_flags(words):
+    """The sentences of ipl.py speak of fields; the command line's, of flags."""
+    names = "|".join(sorted(Settings.__dataclass_fields__, key=len, reverse=True))
+    words = re.sub(rf"(?<![\w/.-])({names})=(\S+)", lambda x: f"{flag(x[1])} {x[2]}", words)
+    names = "|".join(x for x in Settings.__dataclass_fields__ if "_" in x or x in ("lr", "ema"))
+    return re.sub(rf"(?<![\w/.-])({names})\b(?![/.])", lambda x: flag(x[1]), words)
 
 
 def in_words(error):
@@ -90,30 +103,33 @@ def plain_words(prog="ipl.py", speaks=True):
     is the process that says what all of them see.
     """
 
-    def say(kind, what):
-        words = " ".join(str(what).split())
+    def tell(kind, what):
+        words = as_flags(" ".join(str(what).split()))
         words = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in words)
         words = words if len(words) <= 500 else f"{words[:250]} ... {words[-200:]}"
         print(f"{prog}: {kind}: {words}", file=sys.stderr, flush=True)
 
     def fail(what, code, speaks=True):
         if speaks:
-            say("error", what)
+            tell("error", what)
         raise SystemExit(code)
 
     def warn(message, *_, **__):
         if speaks and rank() == 0:
-            say("warning", message)
+            tell("warning", message)
 
     with warnings.catch_warnings():
+        warnings.resetwarnings()  # one that is made an error, by -W, would end the run
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
         warnings.showwarning = warn
         try:
             yield
-        except BrokenPipeError:  # whoever reads the output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
         except FloatingPointError as error:
             fail(error, 1, speaks and rank() == 0)
+        except ImportError as error:
+            wanted = "" if "wanted" in str(error) else "; wanted: pip install -r requirements.txt"
+            fail(f"{error}{wanted}", 2, speaks)
         except ValueError as error:
             fail(error, 2, speaks and rank() == 0)
         except OSError as error:
@@ -134,7 +150,7 @@ def plain_words(prog="ipl.py", speaks=True):
 
 @contextlib.contextmanager
 def deferred_signals():
-    """SIGINT and SIGTERM inside wait: they are appended to the list that this yields.
+    """SIGNALS inside wait: they are appended to the list that this yields.
 
     A second SIGINT does not wait, but under torchrun, which sends every signal on to its processes,
     often for the second time, and kills those that take too long.
@@ -151,13 +167,19 @@ def deferred_signals():
             print(f"\n{words}", file=sys.stderr, flush=True)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
+            if threading.current_thread() is not threading.main_thread():
+                break  # which alone may have handlers
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 before[number] = signal.signal(number, receive)
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------
+# Memory and kernels
 
 
 def is_out_of_memory(error):
@@ -188,11 +210,33 @@ def choose_kernels(deterministic, tf32):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
+def warn_of_emulation(settings, device):
+    """Half precision on a CPU that has none: a product of matrices takes longer than in float32."""
+    if settings.autocast == "none" or device.type != "cpu":
+        return
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[settings.half]
+    best = {}
+    for dtype in (torch.float32, half):
+        x, best[dtype] = torch.ones(256, 256, dtype=dtype), float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            x @ x
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    if (times := best[half] / best[torch.float32]) > 1.5:
+        name = str(half).removeprefix("torch.")
+        warnings.warn(
+            f"this CPU emulates {name}, {times:.0f} times as slow as float32; wanted: "
+            "--autocast none",
+            stacklevel=2,
+        )
+
+
 def keep_memory(keep=True):
     """glibc's malloc keeps the memory of freed tensors for the next ones, or gives it back.
 
     It gives large ones back of itself, and the system then clears the pages of the next one: on a
-    CPU a step can take half as long again. Without effect where malloc is not glibc's.
+    CPU a step can take half as long again. The price is a process that stays as large as it was at
+    its peak. Without effect where malloc is not glibc's. Nothing calls this unasked.
     """
     with contextlib.suppress(AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -214,24 +258,29 @@ def pick_device(name):
 
     Raises ValueError if there is none.
     """
-    local, processes = (
-        int(os.environ.get(x, y)) for x, y in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    there, processes = torch.cuda.device_count(), 1
+    if dist.is_torchelastic_launched():
+        processes = int(os.environ["LOCAL_WORLD_SIZE"])
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if processes > 1 and name.startswith("cuda:"):
-        raise ValueError(f"--device {name} and {processes} processes; wanted: cuda, for a GPU each")
-    if name == "cuda" and processes > 1:
-        if processes > torch.cuda.device_count():
-            found = f"{processes} processes, {torch.cuda.device_count()} GPUs"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"no device {name!r}; wanted: auto, cpu, cuda or cuda:<n>")
+    if name == "cpu":
+        return torch.device("cpu")
+    if processes > 1:
+        if name != "cuda":
+            found = f"--device {name} and {processes} processes"
+            raise ValueError(f"{found}; wanted: cuda, for a GPU each")
+        if processes > there:
+            found = f"{processes} processes, {there} GPUs"
             raise ValueError(f"{found}; wanted: a GPU for each, or --device cpu")
-        name = f"cuda:{local}"
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-            raise AssertionError
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name!r}; wanted: auto, cpu, cuda or cuda:<n>") from error
+        sees = f"{there} GPUs" if there else "no GPU"
+        found = f"--device {name}: torch {torch.__version__} sees {sees}"
+        raise ValueError(f"{found}; wanted: auto, cpu, cuda or cuda:<n>") from error
 
 
 def is_first():
@@ -262,7 +311,6 @@ def make_all(runs, make):
     Raises SystemExit with the code of the first that failed, or at once if a signal stops it.
     """
     codes = []
-    keep_memory()
     with plain_words():
         runs = share(runs)
     for run in runs:
@@ -293,7 +341,7 @@ def one_at_a_time():
 
 def rank():
     """Which of the processes of one run this is; the one of rank 0 writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return ipl.ranks()[0]
 
 
 def any_rank(flag):

@@ -3,8 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-import ipl
-from cli import checks, processes, run_folder
+from checkpoints import load_generator
+from checkpoints.files import write_atomically
+from cli import processes
+from cli.adapt import load_source, samples
+from cli.run_folder import find_generator, make_folder, read_config
+from cli.settings import check, expand
 
 
 def sample(
@@ -21,14 +25,24 @@ def sample(
         truncation_psi: Truncation. None: that of the run.
         device: auto, cpu, cuda or cuda:<n>.
     """
-    adapted = run_folder.check_sample(run, out)
-    cfg = run_folder.read_config(run, ipl.Config)
-    psi = cfg.truncation_psi if truncation_psi is None else truncation_psi
-    checks.check(replace(cfg, seed=seed, truncation_psi=psi, samples=n), samples="--n")
+    run, out = Path(expand(run)), Path(expand(out))
+    path = find_generator(run)
+    if path is None:
+        raise ValueError(f"{run} is no finished run; wanted: a folder with a generator.pt")
+    if out.suffix != ".png" or out.is_dir():
+        raise ValueError(f"--out {out} is no name of a picture; wanted: a .png file")
+    settings = read_config(run)
+    psi = settings.truncation_psi if truncation_psi is None else truncation_psi
+    settings = replace(settings, seed=seed, truncation_psi=psi, samples=n)
+    check(settings, samples="--n")
     device = processes.pick_device(device)
-    source, target = ipl.load_frozen(cfg, device), ipl.load_frozen(cfg, device, adapted)
-    checks.check_pair(source, target, adapted)
-    run_folder.make_folder(out.parent)
-    grid = ipl.sample_grid(source, target, n=n, seed=seed, truncation_psi=psi)
-    run_folder.save_picture(grid, out)
-    print(f"{out}: {cfg.source} above, {cfg.target} below, from the same latents")
+    source = load_source(settings, device)
+    adapted = load_generator(path, device, settings.class_index)
+    found, wanted = ((x.z_dim, x.w_dim, x.num_ws) for x in (adapted, source))
+    if found != wanted:
+        sizes = "z_dim, w_dim and num_ws"
+        raise ValueError(f"{path} has {sizes} {found}; wanted, for the run's generator: {wanted}")
+    make_folder(out.parent)
+    picture = samples(settings, source, adapted)
+    write_atomically(out, lambda aside: aside.write_bytes(picture))
+    print(f"{out}: {settings.source} above, {settings.target} below, of the same latents")

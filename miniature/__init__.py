@@ -1,5 +1,6 @@
 """The embedded world: procedural portraits, and a CLIP, a StyleGAN2 and a judge trained on them."""
 
+import difflib
 from pathlib import Path
 
 from miniature.captions import LABELS, unknown_words
@@ -16,7 +17,10 @@ __all__ = ["CLIP", "GENERATOR", "JUDGE", "LABELS", "WEIGHTS", "check_labels", "t
 def check_labels(*labels):
     """Raises ValueError, of one line, if the miniature's CLIP has never read a word of them."""
     if unknown := [word for label in labels for word in unknown_words(label)]:
+        words = {word for label in LABELS for word in (label, *label.split())}
+        close = difflib.get_close_matches(unknown[0].lower(), words, n=1)
+        meant = f"did you mean {close[0]}? It" if close else "it"
         raise ValueError(
-            f"the miniature's CLIP has never read {', '.join(unknown)}; it knows "
+            f"the miniature's CLIP has never read {', '.join(unknown)}; {meant} knows "
             f"{', '.join(LABELS)}; for any words: --generator FILE --clip ViT-B/32"
         )

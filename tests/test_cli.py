@@ -1,28 +1,52 @@
-"""Sections 9 and 10: the command line, with the golden files as small weights."""
+"""The command line: what a run leaves, says and draws, whatever its surroundings are like."""
 
+import contextlib
+import io
 import json
 import os
 import platform
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from command import GOLDEN, NADA, ROOT, SHORT, WORLD, answer, done, history_of, same, start
 from PIL import Image
+from safetensors.torch import load_file
 
+import cli
 import ipl
 from checkpoints import load_generator
-from cli import processes
+from cli import pictures, processes
+from cli.settings import GROUPS, MINIATURE, Settings, parse
 
-ROOT = Path(__file__).parents[1]
-GOLDEN = Path(__file__).parent / "golden"
-WORLD = ["--generator", str(GOLDEN / "rosinality_tiny.pt"), "--clip", str(GOLDEN / "clip_tiny.pt")]
-pytestmark = pytest.mark.filterwarnings("ignore:stage 1 learned little")
-SHORT = "--steps-mapper 2 --batch-mapper 4 --steps 2 --layer-batch 2 --samples 3".split()
+FILES = "config.json curves.png generator.pt history.jsonl mapper.safetensors samples.png".split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, its finished run, stdout, stderr) of a process of its own, of the miniature."""
+    folder = tmp_path_factory.mktemp("cli")
+    short = "--steps 1 --steps-mapper 1 --batch-mapper 4 --samples 2".split()
+    job = start("--source", "photo", "--target", "anime", *short, folder=folder)
+    out, err = job.communicate()
+    assert job.returncode == 0, err
+    return folder, folder / "runs" / "photo-to-anime", out, err
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A finished run of tiny networks."""
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    done(*WORLD, *SHORT, "--out", run)
+    return run
 
 
 def picture(path):
@@ -30,361 +54,410 @@ def picture(path):
         return image.convert("RGB")
 
 
-def call(folder, *args):
-    """The script in a process of its own, started from another folder."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "ipl.py"), *args],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """(folder, its finished run, what the process said)."""
-    folder = tmp_path_factory.mktemp("cli")
-    done = call(folder, "--source", "photo", "--target", "anime", *WORLD, *SHORT)
-    assert done.returncode == 0, done.stderr
-    return folder, folder / "runs" / "photo-to-anime", done
+# ----------------------------------------------------------------------------------------------
+# A run
 
 
 def test_run_folder(finished):
-    _, run, _ = finished
-    assert sorted(path.name for path in run.iterdir()) == [
-        "config.json",
-        "curves.png",
-        "generator.pt",
-        "history.jsonl",
-        "mapper.safetensors",
-        "samples.png",
-    ]
-    cfg = ipl.Config(**json.loads((run / "config.json").read_text()))
-    assert (cfg.target, cfg.steps, cfg.residual, cfg.eps) == ("anime", 2, "published", 0.0)
-    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["step"]) for row in history] == [(1, 0), (1, 1), (2, 0), (2, 1)]
-    assert picture(run / "samples.png").size == (3 * 128, 2 * 128)
-    assert picture(run / "curves.png").width > 1000
-
-
-def test_run_says_where_the_picture_is_and_how_to_go_on(finished):
-    _, _, done = finished
-    assert done.stdout.startswith(f"{Path('runs/photo-to-anime/samples.png')}: photo above, anime")
-    for words in ("stage 1", "stage 2", "ipl.py sample --run", "--method nada", "--clip ViT-B/32"):
-        assert words in done.stdout
-    (line,) = done.stderr.splitlines()  # no bar: no terminal. CLIP's weights are random
-    assert line.startswith("ipl.py: warning: stage 1 learned little: ") and "of 4 images" in line
-
-
-def test_saved_networks_open(finished):
-    from safetensors.torch import load_file
-
-    _, run, _ = finished
-    source, adapted = (load_generator(p) for p in (WORLD[1], run / "generator.pt"))
-    assert any(
-        not torch.equal(p, q)
-        for p, q in zip(source.parameters(), adapted.parameters(), strict=True)
+    _, run, _, _ = finished
+    assert sorted(path.name for path in run.iterdir()) == FILES
+    settings = Settings(**json.loads((run / "config.json").read_text()))
+    assert replace(settings, clip=(), clip_weights=()) == replace(
+        MINIATURE, steps=1, steps_mapper=1, batch_mapper=4, samples=2
     )
+    assert [(row["stage"], row["step"]) for row in history_of(run)] == [(1, 0), (2, 0)]
+
+
+def test_a_run_says_what_it_does_and_what_there_is(finished):
+    """Without a terminal, as in a log file."""
+    _, _, out, err = finished
+    first, *_ = err.splitlines()
+    assert (
+        first == "runs/photo-to-anime: stage 1, 1 steps of 4 images; stage 2, 1 steps of 4 images"
+    )
+    for words in ("stage 1: 100%", "stage 2: 100%", "loss=", "ipl.py: warning: after 1 steps"):
+        assert words in err
+    assert "is still the source generator; wanted: more steps, or a smaller --ema\n" in err
+    there, judge, after = out.splitlines()
+    assert there.startswith("runs/photo-to-anime: ") and all(name in there for name in FILES)
+    assert judge.startswith("the judge, of 128") and "same person 100%" in judge
+    assert after.endswith("python ipl.py sample --run runs/photo-to-anime --n 16 --out grid.png")
+
+
+def test_a_second_run_is_not_told_what_to_do_next(tiny):
+    out = done(*WORLD, *NADA, "--out", tiny.parent / "second")
+    assert "samples.png" in out and "ipl.py sample" not in out and "judge" not in out
+
+
+def test_saved_networks_open(tiny):
+    source, adapted = load_generator(WORLD[1]), load_generator(tiny / "generator.pt")
+    pairs = zip(source.parameters(), adapted.parameters(), strict=True)
+    assert any(not torch.equal(p, q) for p, q in pairs)
     torch.testing.assert_close(source.w_avg, adapted.w_avg)
-    mapper = ipl.LatentMapper(32, 4, 64)
-    mapper.load_state_dict(load_file(run / "mapper.safetensors"))
+    ipl.LatentMapper(32, 4, 64).load_state_dict(load_file(tiny / "mapper.safetensors"))
 
 
-def test_sample_as_a_process(finished):
-    folder, run, _ = finished
-    done = call(folder, *f"sample --run {run} --n 10 --seed 1 --out grid.png".split())
-    assert (done.returncode, done.stderr) == (0, "")
-    assert picture(folder / "grid.png").size == (8 * 128, 4 * 128)  # 8 pairs, then 2
-
-
-def test_samples_of_a_seed(finished, tmp_path):
-    _, run, _ = finished
-
+def test_samples_of_a_seed(tiny, tmp_path):
     def draw(name, *args):
-        ipl.main(["sample", "--run", str(run), "--out", str(tmp_path / f"{name}.png"), *args])
+        done("sample", "--run", tiny, "--out", tmp_path / f"{name}.png", *args)
         return picture(tmp_path / f"{name}.png")
 
-    two, five = draw("two", "--n", "2"), draw("five", "--n", "5")
-    assert five.crop((0, 0, *two.size)).tobytes() == two.tobytes()
-    again = draw("again", "--n", "2", "--seed", "1")
-    other = draw("other", "--n", "2", "--seed", "2")
-    wild = draw("wild", "--n", "2", "--truncation-psi", "1.5")
-    assert again.tobytes() == two.tobytes() != other.tobytes()
-    assert wild.tobytes() != two.tobytes()
+    ten, again = draw("ten", "--n", "10"), draw("again", "--n", "10", "--seed", "1")
+    other, wild = draw("other", "--n", "10", "--seed", "2"), draw("wild", "--truncation-psi", "2")
+    assert ten.tobytes() == again.tobytes() != other.tobytes()
+    assert ten.width > 8 * 128 and ten.height > 4 * 128  # 8 pairs, then 2
+    assert wild.tobytes() != draw("sixteen").tobytes()
 
 
-def test_nada_has_no_mapper_and_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
+def test_nada_has_no_mapper_and_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ipl.main([*WORLD, *SHORT, "--target", "Disney", "--method", "nada"])
+    done(*WORLD, *NADA, "--target", "Disney")
     run = tmp_path / "runs" / "photo-to-disney-nada"
     assert (run / "generator.pt").exists() and not (run / "mapper.safetensors").exists()
-    assert "samples.png" in capsys.readouterr().out
 
 
-def test_overwrite_replaces_the_whole_run(finished, tmp_path, capsys):
-    _, run, _ = finished
+def test_overwrite_replaces_the_whole_run(tiny, tmp_path):
     out = tmp_path / "run"
-    shutil.copytree(run, out)
+    shutil.copytree(tiny, out)
     (out / "notes.txt").write_text("mine")
-    ipl.main([*WORLD, *SHORT, "--method", "nada", "--out", str(out), "--overwrite"])
+    done(*WORLD, *NADA, "--out", out, "--overwrite")
     assert not (out / "mapper.safetensors").exists()
     assert json.loads((out / "config.json").read_text())["method"] == "nada"
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_opens_from_another_folder(tmp_path, monkeypatch):
+    shutil.copy(GOLDEN / "rosinality_tiny.pt", tmp_path / "g.pt")
+    monkeypatch.chdir(tmp_path)
+    done("--generator", "g.pt", *WORLD[2:], *NADA, "--out", "run")
+    monkeypatch.chdir("/")
+    done("sample", "--run", tmp_path / "run", "--out", tmp_path / "grid.png")
+
+
+def test_a_tilde_is_the_home_behind_an_equals_sign_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("rosinality_tiny.pt", "clip_tiny.pt"):
+        shutil.copy(GOLDEN / name, tmp_path)
+    done("--generator=~/rosinality_tiny.pt", "--clip=~/clip_tiny.pt", *NADA, "--out=~/run")
+    done("sample", "--run=~/run", "--out=~/grid.png")
+    done("convert", "~/rosinality_tiny.pt", "~/copy.safetensors")
+    assert "rosinality" in done("inspect", "~/rosinality_tiny.pt")
+    assert {"run", "grid.png", "copy.safetensors"} < {path.name for path in tmp_path.iterdir()}
+
+
 # ----------------------------------------------------------------------------------------------
-# Other generators, several CLIPs
+# Other generators, several CLIPs, several targets
 
 
-def test_a_pickle_of_nvidia_through_both_stages(tmp_path, capsys):
-    path, out = GOLDEN / "nvidia_tiny.pkl", tmp_path / "run"
-    ipl.main(["--generator", str(path), *WORLD[2:], *SHORT, "--out", str(out)])
-    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    assert [row["stage"] for row in history] == [1, 1, 2, 2]
+def test_a_pickle_of_nvidia_through_both_stages(tmp_path):
+    out = tmp_path / "run"
+    done("--generator", GOLDEN / "nvidia_tiny.pkl", *WORLD[2:], *SHORT, "--out", out)
+    assert [row["stage"] for row in history_of(out)] == [1, 1, 2, 2]
     saved = torch.load(out / "generator.pt", weights_only=True)
     golden = torch.load(GOLDEN / "nvidia_tiny_as_rosinality.pt", weights_only=True)
     assert saved["g_ema"].keys() == golden["g_ema"].keys()
-    ipl.main(["sample", "--run", str(out), "--n", "1", "--out", str(tmp_path / "one.png")])
-    assert picture(tmp_path / "one.png").size == (128, 256)
 
 
-def test_a_conditional_generator_draws_the_class_that_is_asked_for(tmp_path, capsys):
-    world = ["--generator", str(GOLDEN / "nvidia_variant_cond.pkl"), *WORLD[2:], *SHORT]
-    words = refused(capsys, *world, "--out", str(tmp_path / "run"))
-    assert "class None of 5 classes; wanted: a class index (--class-index) from 0 to 4" in words
-    assert not (tmp_path / "run").exists()
-
-    pictures = []
+def test_a_conditional_generator_draws_the_class_that_is_asked_for(tmp_path):
+    world = ["--generator", GOLDEN / "nvidia_variant_cond.pkl", *WORLD[2:], *NADA]
+    drawn = []
     for index in "13":
         out = tmp_path / index
-        ipl.main([*world, "--method", "nada", "--class-index", index, "--out", str(out)])
-        assert load_generator(out / "generator.safetensors").class_index == int(index)
+        done(*world, "--class-index", index, "--out", out)
         assert not (out / "generator.pt").exists()  # rosinality's layout has no classes
-        ipl.main(["inspect", str(out / "generator.safetensors")])
-        assert f"classes         5, of which it draws {index}" in capsys.readouterr().out
-        drawn = tmp_path / f"{index}.png"
-        ipl.main(["sample", "--run", str(out), "--n", "2", "--out", str(drawn)])
-        pictures.append(picture(drawn).tobytes())
-    capsys.readouterr()
-    assert pictures[0] != pictures[1]
-    assert "is a finished run" in refused(capsys, *WORLD, *SHORT, "--out", str(out))
-    ipl.main([*WORLD, *SHORT, "--method", "nada", "--out", str(out), "--overwrite"])
+        assert f"classes         5, of which it draws {index}\n" in done(
+            "inspect", out / "generator.safetensors"
+        )
+        done("sample", "--run", out, "--n", "2", "--out", tmp_path / "grid.png")
+        drawn.append(picture(tmp_path / "grid.png").tobytes())
+    assert drawn[0] != drawn[1]
+    done(*WORLD, *NADA, "--out", out, "--overwrite")
     assert (out / "generator.pt").exists() and not (out / "generator.safetensors").exists()
 
 
-def test_several_clips(tmp_path, capsys):
-    from safetensors.torch import load_file
-
+def test_several_clips(tmp_path):
     other = torch.load(WORLD[3], weights_only=True)
     other["visual.proj"] = -other["visual.proj"]
     torch.save(other, tmp_path / "other.pt")
     out, clips = tmp_path / "run", [WORLD[3], str(tmp_path / "other.pt")]
-    weights = ["--clip-weights", "1", "0.5"]
-    ipl.main([*WORLD[:2], *SHORT, "--clip", *clips, *weights, "--out", str(out)])
-    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    found = [(row["stage"], row["step"], row.get("clip")) for row in history]
-    assert found[:4] == [(1, step, name) for name in clips for step in (0, 1)]
-    assert found[4:] == [(2, 0, None), (2, 1, None)]
+    done(*WORLD[:2], *SHORT, "--clip", *clips, "--clip-weights", "1", "0.5", "--out", out)
+    found = [(row["stage"], row["step"], row.get("clip")) for row in history_of(out)]
+    assert found == [(1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1), (2, 0, None), (2, 1, None)]
     assert json.loads((out / "config.json").read_text())["clip"] == clips
     saved = load_file(out / "mapper.safetensors")
     for i in "01":
         state = {name[2:]: x for name, x in saved.items() if name.startswith(f"{i}.")}
         ipl.LatentMapper(32, 4, 64).load_state_dict(state)
-    ipl.main(["sample", "--run", str(out), "--n", "1", "--out", str(tmp_path / "one.png")])
 
 
-def test_convert_and_inspect(tmp_path, capsys):
+def test_a_target_that_fails_does_not_keep_the_others_from_being_made(tmp_path):
+    (tmp_path / "photo-to-anime-nada").touch()
+    code, _, err = answer(
+        *WORLD, *NADA, "--out", tmp_path, "--target", "anime", "--target", "a  sketch"
+    )
+    assert code == 2 and "photo-to-anime-nada: File exists" in err
+    assert (tmp_path / "photo-to-a-sketch-nada" / "generator.pt").exists()
+
+
+def test_convert_and_inspect(tmp_path):
     """Each golden file there and back, and the facts that the golden images depend on."""
-    expected = {
-        "rosinality_tiny.pt": ("rosinality's", 32, "w_dim    32, 32", "float16         none"),
-        "nvidia_tiny.pkl": ("NVIDIA's", 32, "training state  training_set_kwargs, G, D, augment"),
-        "nvidia_variant_clamp.pkl": ("NVIDIA's", 16, "conv_clamp      1.25", "float16         2 h"),
-        "nvidia_variant_cond.pkl": ("NVIDIA's", 16, "classes         5, --class-index chooses"),
-        "nvidia_variant_resnet.pkl": ("NVIDIA's", 16, "architecture    resnet", "1 to RGB"),
-    }
-    for name, (layout, resolution, *facts) in expected.items():
-        suffix = ".safetensors" if "cond" in name or "resnet" in name else ".pt"
-        ipl.main(["inspect", str(GOLDEN / name)])
-        said = capsys.readouterr().out
-        num_ws = 2 * resolution.bit_length() - 4
-        for fact in (f"layout          {layout}\n", f"resolution      {resolution}\n",
-                     f"num_ws          {num_ws}\n", *facts):  # fmt: skip
-            assert fact in said
-        copy = tmp_path / f"copy{suffix}"
-        ipl.main(["convert", str(GOLDEN / name), str(copy)])
-        assert str(copy) in capsys.readouterr().out
+    for name, resolution, suffix, *facts in (
+        ("rosinality_tiny.pt", 32, ".pt", "layout          rosinality's", "float16         none"),
+        ("nvidia_tiny.pkl", 32, ".pt", "layout          NVIDIA's", "training state  "),
+        ("nvidia_variant_clamp.pkl", 16, ".pt", "conv_clamp      1.25", "float16         2 h"),
+        ("nvidia_variant_cond.pkl", 16, ".safetensors", "5, --class-index chooses"),
+        ("nvidia_variant_resnet.pkl", 16, ".safetensors", "architecture    resnet", "1 to RGB"),
+    ):
+        said, copy = done("inspect", GOLDEN / name), tmp_path / f"copy{suffix}"
+        assert all(x in said for x in (f"resolution      {resolution}\n", *facts))
+        assert str(copy) in done("convert", GOLDEN / name, copy)
         index = 0 if "cond" in name else None
         a, b = (load_generator(path, class_index=index) for path in (GOLDEN / name, copy))
         assert a.config == b.config and torch.equal(a.w_avg, b.w_avg)
         assert all(torch.equal(x, b.state_dict()[key]) for key, x in a.state_dict().items())
-        ipl.main(["inspect", str(copy)])
-        again = capsys.readouterr().out.splitlines()
-        assert set(again) >= {line for line in said.splitlines() if "layout" not in line
-                              and "training state" not in line}  # fmt: skip
     assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["nvidia_hostile", "nvidia_hostile_nested"])
-def test_hostile_files_run_nothing_whatever_the_command(tmp_path, capsys, name):
+def test_hostile_files_run_nothing_whatever_the_command(tmp_path, name):
     path, marker = GOLDEN / f"{name}.pkl", Path(tempfile.gettempdir()) / "pwned_by_pickle"
     marker.unlink(missing_ok=True)
-    for args in (
-        ["--generator", str(path), *WORLD[2:], *SHORT, "--out", str(tmp_path / "run")],
-        ["inspect", str(path)],
-        ["convert", str(path), str(tmp_path / "copy.pt")],
-        ["--clip", str(path), *WORLD[:2], *SHORT, "--out", str(tmp_path / "run")],
+    for words in (
+        ["--generator", path, *WORLD[2:], *SHORT, "--out", tmp_path / "run"],
+        ["--clip", path, *WORLD[:2], *SHORT, "--out", tmp_path / "run"],
+        ["inspect", path],
+        ["convert", path, tmp_path / "copy.pt"],
     ):
-        assert str(path) in refused(capsys, *args)
+        code, _, err = answer(*words)
+        assert code == 2 and str(path) in err
     assert not marker.exists() and not list(tmp_path.iterdir())
 
 
-def test_convert_to_itself_would_lose_the_training_state(tmp_path, capsys):
-    path = tmp_path / "network.pt"
-    shutil.copy(WORLD[1], path)
-    before = path.read_bytes()
-    (tmp_path / "link.pt").symlink_to(path)
-    for target in (path, tmp_path / "link.pt"):
-        assert "to itself" in refused(capsys, "convert", str(path), str(target))
-    (tmp_path / "folder.pt").mkdir()
-    assert "cannot conv" in refused(capsys, "convert", str(path), str(tmp_path / "folder.pt"))
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 3
-
-
-@pytest.mark.parametrize("command", ["convert", "inspect"])
-def test_help_of_commands_speaks_to_users(capsys, command):
-    with pytest.raises(SystemExit) as exit_:
-        ipl.main([command, "--help"])
-    said = capsys.readouterr().out
-    assert exit_.value.code == 0 and "Checkpoint, a file or a URL." in said
-    assert "Raises" not in said and "Error" not in said
-
-
 # ----------------------------------------------------------------------------------------------
-# Runs that go wrong; bad input is in test_bad_input.py
-
-
-def refused(capsys, *args):
-    with pytest.raises(SystemExit) as exit_:
-        ipl.main(list(args))
-    assert exit_.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("ipl.py: error: ") and said.err.count("\n") == 1
-    return said.err
-
-
-def test_a_run_that_diverges_says_so_and_spoils_nothing(finished, capsys):
-    _, run, _ = finished
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    args = "--lr 1e20 --method nada --noise fixed --eps 0.1 --layers all --steps 5".split()
-    with pytest.raises(SystemExit) as exit_:
-        ipl.main([*WORLD, *SHORT, *args, "--out", str(run), "--overwrite"])
-    words = capsys.readouterr().err
-    assert exit_.value.code == 1 and words.startswith("ipl.py: error: stage 2, step 1: ")
-    assert "wanted: a smaller rate (--lr)" in words and words.count("\n") == 1
-    kept = torch.load(run / "checkpoint.pt", weights_only=True)["loops"]
-    assert [loop["step"] for loop in kept] == [1]
-    assert all(x.isfinite().all() for x in kept[0]["states"][0].values())
-    (run / "checkpoint.pt").unlink()
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-
-
-def test_main_job_on_the_miniature(tmp_path):
-    short = "--steps 1 --steps-mapper 1 --batch-mapper 4 --samples 2".split()
-    done = call(tmp_path, "--source", "photo", "--target", "anime", *short)
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "photo-to-anime"
-    assert json.loads((run / "config.json").read_text())["residual"] == "none"
-    assert picture(run / "samples.png").size == (2 * 128, 2 * 128)
-    done = call(tmp_path, "sample", "--run", str(run), "--n", "1", "--out", "one.png")
-    assert done.returncode == 0, done.stderr
-    done = call(tmp_path, "--target", "anime cyberpunk")
-    assert done.returncode == 2 and "has never read cyberpunk" in done.stderr
-
-
-def test_a_run_opens_from_another_folder(tmp_path, monkeypatch):
-    shutil.copy(GOLDEN / "rosinality_tiny.pt", tmp_path / "g.pt")
-    shutil.copy(GOLDEN / "clip_tiny.pt", tmp_path / "c.pt")
-    monkeypatch.chdir(tmp_path)
-    ipl.main(["--generator", "g.pt", "--clip", "c.pt", *SHORT, "--method", "nada", "--out", "run"])
-    monkeypatch.chdir("/")
-    ipl.main(["sample", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "grid.png")])
-
-
-# ----------------------------------------------------------------------------------------------
-# Defaults
-
-
-def test_without_a_generator_the_miniature_values_are_the_defaults(monkeypatch):
-    seen = []
-    monkeypatch.setattr(ipl, "adapt", seen.append)
-    ipl.main([])
-    ipl.main(["--steps", "7"])
-    ipl.main(["--generator", "x.pt"])
-    ipl.main(["--generator", "x.pt", "--eps", "0.2"])
-    assert seen[0] == ipl.MINIATURE
-    assert seen[1] == replace(ipl.MINIATURE, steps=7)
-    assert seen[2] == ipl.Config(generator="x.pt")
-    assert seen[3] == ipl.Config(generator="x.pt", eps=0.2)
+# Settings
 
 
 def test_published_defaults():
-    cfg = ipl.Config()
-    assert (cfg.n_ctx, cfg.ctx_init, cfg.residual) == (4, "a photo of a", "published")
-    assert (cfg.lambda_domain, cfg.lambda_source) == (1, 0)
-    assert (cfg.lr_mapper, cfg.batch_mapper, cfg.steps_mapper) == (0.05, 32, 300)
-    assert (cfg.lr, cfg.batch, cfg.steps, cfg.ema) == (0.002, 2, 300, 0.99)
-    assert (cfg.layer_batch, cfg.layer_lr, cfg.num_layers) == (8, 0.01, None)
-    assert (cfg.eps, cfg.noise, cfg.crop, cfg.layers, cfg.freeze) == (0, "fresh", 0, "adaptive", "")
-    assert cfg.truncation_psi == 0.7
+    settings = Settings()
+    expected = dict(
+        n_ctx=4, ctx_init="a photo of a", residual="published", lambda_domain=1, lambda_source=0,
+        lr_mapper=0.05, batch_mapper=32, steps_mapper=300, lr=0.002, batch=2, steps=300, ema=0.99,
+        layer_batch=8, layer_lr=0.01, num_layers=None, eps=0, noise="fresh", crop=0,
+        layers="adaptive", freeze="", truncation_psi=0.7, autocast="none",
+    )  # fmt: skip
+    assert {name: getattr(settings, name) for name in expected} == expected
 
 
-def test_help_names_every_field(capsys):
+def test_without_a_generator_the_miniature_values_are_the_defaults():
+    assert parse([]) == [MINIATURE]
+    assert parse(["--steps", "7"]) == [replace(MINIATURE, steps=7)]
+    assert parse(["--generator", "x.pt"]) == [Settings(generator="x.pt")]
+    assert parse(["--generator=x.pt", "--eps", "0.2"]) == [Settings(generator="x.pt", eps=0.2)]
+    two = parse("--target zombie --clip a b --target monster".split())
+    assert two == [replace(MINIATURE, target=x, clip=("a", "b")) for x in ("zombie", "monster")]
+
+
+def test_help_has_every_setting_in_one_group(capsys):
+    names = [name for group in GROUPS.values() for name in group.split()]
+    assert sorted(names) == sorted(field.name for field in fields(Settings))
     with pytest.raises(SystemExit) as exit_:
-        ipl.main(["--help"])
-    assert exit_.value.code == 0
+        cli.main(["--help"])
     said = capsys.readouterr().out
-    for name in ipl.asdict(ipl.Config()):
-        assert f"--{name.replace('_', '-')}" in said
+    assert exit_.value.code == 0 and "python ipl.py --source photo --target anime" in said
+    assert "ukiyo-e" in said and all(f"--{name.replace('_', '-')}" in said for name in names)
+    assert "deviation 3" in said and "Adam's learning rate" in said  # comments of Config
+
+
+# ----------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_words_and_gaps_of_samples():
+    grid = torch.zeros(4 * 64, 2 * 64, 3, dtype=torch.uint8)  # two pairs of rows, all black
+    page = pictures.labelled(grid, 64, "photo", "photo with the eyes of an anime", "seed 0")
+    black = (page == 0).all(dim=2)
+    rows, columns = (black.float().mean(dim=axis) for axis in (1, 0))
+    assert columns[-2 * 128 :].min() > 0.8 and columns[: -2 * 128].max() < 0.5  # a margin
+    (gaps,) = ((rows[1:] == 0) & (rows[:-1] > 0)).nonzero(as_tuple=True)
+    assert len(gaps) >= 2 and page.shape[0] > 4 * 128 + 20  # a gap, and the note below
+    assert black[: 2 * 128, : -2 * 128].any()  # words
+
+
+def test_curves_are_readable_and_light(tiny):
+    size = picture(tiny / "curves.png").size
+    assert size[0] == 830 and 400 < size[1] < 600
+    assert (tiny / "curves.png").stat().st_size < 200 << 10
+
+
+def test_every_number_of_a_history_has_words(tiny):
+    for row in history_of(tiny):
+        numbers = {name for name, value in row.items() if type(value) is float}
+        assert numbers == set(pictures.WORDS[row["stage"]].values())
+
+
+# ----------------------------------------------------------------------------------------------
+# The surroundings
+
+
+@pytest.mark.parametrize("rc", ["text.usetex: True\nfigure.dpi: 9\n", "\xff: \xfe", "backend: nix"])
+def test_settings_of_matplotlib_change_no_picture(tiny, tmp_path, rc):
+    (tmp_path / "matplotlibrc").write_bytes(rc.encode("latin-1"))
+    script = "from cli import pictures; import sys; sys.stdout.buffer.write(pictures.curves([]))"
+    script = script.replace("[]", repr(history_of(tiny)))
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "module://nowhere"},
+    )
+    assert found.stderr == b""
+    with Image.open(io.BytesIO(found.stdout)) as image, Image.open(tiny / "curves.png") as usual:
+        assert image.size == usual.size
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_warning(tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(pictures, "curves", broken)
+    code, out, err = answer(*WORLD, *NADA, "--out", tmp_path / "run")
+    assert code == 0 and "warning: curves.png could not be drawn (RuntimeError: no fonts)" in err
+    assert "samples.png" in out and not (tmp_path / "run" / "curves.png").exists()
+
+
+class Broken(io.StringIO):
+    """A stream as of a pipe whose reader is gone, of a full disk, or of a locale without é."""
+
+    def __init__(self, error=None, encoding="utf-8"):
+        super().__init__()
+        self.error, self._encoding = error, encoding
+
+    encoding = property(lambda self: self._encoding)
+
+    def write(self, words):
+        if self.error:
+            raise self.error
+        words.encode(self.encoding)
+        return super().write(words)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [Broken(BrokenPipeError(32, "Broken pipe")), Broken(OSError(28, "No space")), Broken(), None],
+    ids=["pipe", "full", "closed", "none"],
+)
+def test_streams_that_take_nothing_spoil_no_run(tiny, tmp_path, stream):
+    if isinstance(stream, Broken) and stream.error is None:
+        stream.close()
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        cli.main([*WORLD, *SHORT, "--out", str(tmp_path / "run")])
+    same(tmp_path / "run", tiny)
+
+
+def test_a_locale_without_letters(tmp_path):
+    stream = Broken(encoding="ascii")
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        cli.main([*WORLD, *NADA, "--target", "caf\xe9", "--out", str(tmp_path / "\xe9")])
+    assert r"\xe9: config.json, " in stream.getvalue() or r"\xe9: generator.pt" in stream.getvalue()
+    assert json.loads((tmp_path / "\xe9" / "config.json").read_text("utf-8"))["target"] == "caf\xe9"
+
+
+@pytest.mark.slow
+def test_hostile_surroundings_of_a_process(tmp_path):
+    """All at once: no home, no cache, no streams, warnings that are errors, an ASCII locale."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    words = [sys.executable, "-W", "error", ROOT / "ipl.py", *WORLD, *NADA, "--out", "run"]
+    job = subprocess.run(
+        ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *map(str, words)],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": "/nowhere", "LC_ALL": "C", "PYTHONUTF8": "0",
+             "XDG_CACHE_HOME": "/proc", "MPLCONFIGDIR": "/proc", "MPLBACKEND": "nix",
+             "PYTHONIOENCODING": "ascii", "RANK": "x", "LOCAL_RANK": "x"},
+    )  # fmt: skip
+    assert job.returncode == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {*FILES} - {"mapper.safetensors"}
+
+
+def test_warnings_are_lines_whatever_the_filters(tmp_path):
+    with warnings.catch_warnings(action="error"):
+        code, _, err = answer(*WORLD, *SHORT, "--lr-mapper", "1e-9", "--out", tmp_path / "run")
+    assert code == 0 and "ipl.py: warning: stage 1 learned little" in err
+    assert "wanted: more --steps-mapper, or another --lr-mapper\n" in err
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    for module, words in (
+        (None, "clip"),
+        (type(sys)("clip"), "pip install clip-anytorch"),  # another one of that name
+    ):
+        monkeypatch.setitem(sys.modules, "clip", module)
+        code, _, err = answer(*WORLD, *NADA, "--out", tmp_path / "run")
+        assert code == 2 and err.count("\n") == 1 and words in err and "pip install" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_slow_half_precision_is_told(monkeypatch):
+    cpu, tried = torch.device("cpu"), []
+
+    def clock():
+        tried.append(len(tried))
+        return tried[-1] % 2 * (2 if tried[-1] > 9 else 1)  # the second ten: half precision
+
+    monkeypatch.setattr(processes.time, "perf_counter", clock)
+    with pytest.warns(UserWarning, match="emulates bfloat16.*wanted: --autocast none"):
+        processes.warn_of_emulation(Settings(autocast="clip"), cpu)
+    processes.warn_of_emulation(Settings(), cpu)
+
+
+def test_device_without_a_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match=f"torch {torch.__version__[:4]}.* sees no GPU"):
+        processes.pick_device("cuda:7")
+    assert processes.pick_device("cpu").type == "cpu"
+
+
+def test_signals_in_another_thread_are_left_alone():
+    """Only the main thread may have handlers."""
+    from threading import Thread
+
+    before, found = signal.getsignal(signal.SIGINT), []
+
+    def run():
+        with processes.deferred_signals() as received:
+            found.append((received, signal.getsignal(signal.SIGINT)))
+
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [([], before)]
 
 
 # ----------------------------------------------------------------------------------------------
 # Memory
 
 
-FAULTS = """
-import resource, sys, torch
-from cli.processes import keep_memory
-
-keep_memory(sys.argv[1] == "keep")
-counts = []
-for _ in range(20):
-    torch.ones(2**24)  # 64 MB
-    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(counts[-1] - counts[9])
-"""
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 def test_large_tensors_get_the_memory_of_those_before():
     """By the pages that the system had to clear for the last ten of twenty."""
-    kept, given_back = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", FAULTS, way],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        for way in ("keep", "give back")
-    )
-    assert 10 * kept < given_back
+
+    def faults(keep):
+        processes.keep_memory(keep)
+        counts = []
+        for _ in range(20):
+            torch.ones(2**24)  # 64 MB
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        return counts[-1] - counts[9]
+
+    try:
+        assert 10 * faults(True) < faults(False)
+    finally:
+        processes.keep_memory(False)
 
 
-def test_a_run_keeps_memory(monkeypatch):
+def test_memory_is_kept_if_asked_for(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(processes, "keep_memory", lambda: calls.append(True))
-    processes.make_all([], None)
+    done(*WORLD, *NADA, "--out", tmp_path / "a")
+    assert calls == []
+    done(*WORLD, *NADA, "--out", tmp_path / "b", "--keep-memory")
     assert calls == [True]

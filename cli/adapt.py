@@ -1,0 +1,167 @@
+"""The main job, python ipl.py --source photo --target anime: from two words to a run folder."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+import ipl
+import miniature
+from checkpoints import load_generator
+from checkpoints.clip import read_clip
+from checkpoints.download import split_url
+from cli import pictures, processes
+from cli.keeper import Keeper
+from cli.run_folder import FILES, find_generator, folder_of, save_run
+from cli.settings import check, check_layers, check_shares
+from miniature.judge import load_judge
+from miniature.truth import Truth, true_pairs
+
+
+def load_source(settings, device):
+    """The source generator of a run."""
+    return load_generator(settings.generator or miniature.GENERATOR, device, settings.class_index)
+
+
+def load_clips(settings, device):
+    """The CLIPs of a run and their transforms, if they can read its texts."""
+    names, released = settings.clip, ipl.openai_clip().available_models()
+    if not names:
+        names = ["ViT-B/32" if settings.generator else str(miniature.CLIP)]
+    clips = []
+    for name in names:
+        if name not in released and not split_url(name) and not os.path.exists(name):
+            raise ValueError(f"--clip {name!r} is neither a file nor one of {', '.join(released)}")
+        clips.append(ipl.load_clip(name if name in released else read_clip(name), device))
+    for model, _ in clips:
+        ctx = model.ln_final.weight.expand(1, settings.n_ctx, -1)  # any vectors of that width
+        for label in (settings.source, settings.target):
+            ipl.construct_prompts(model, ctx, label)
+            templates = [f"{settings.ctx_init} {{}}.", *ipl.TEMPLATES]
+            ipl.tokenize(model, [template.format(label) for template in templates])
+    return clips
+
+
+def prepare(settings):
+    """What can refuse a run, before it writes: -> its Keeper, its generator, its CLIPs."""
+    check(settings)
+    if not settings.generator and not settings.clip:
+        miniature.check_labels(settings.source, settings.target)
+    processes.choose_kernels(settings.deterministic, settings.tf32)
+    device = processes.pick_device(settings.device)
+    check_shares(settings, ipl.ranks()[1])
+    keeper = Keeper(folder_of(settings), settings, device)
+    if keeper.finished:
+        return keeper, None, None
+    with processes.one_at_a_time():
+        generator, clips = load_source(settings, device), load_clips(settings, device)
+    check_layers(settings, generator)
+    processes.warn_of_emulation(settings, device)
+    return keeper, generator, clips
+
+
+def adapt(settings):
+    """Results that are in the folder stay until the new ones are written."""
+    if settings.keep_memory:
+        processes.keep_memory()
+    keeper, generator, clips = prepare(settings)
+    if keeper.finished:
+        if ipl.ranks()[0] == 0:
+            print(f"{keeper.folder} is a finished run: nothing is left to do")
+        return
+    with processes.memory_advice(keeper.where_memory_ends), keeper:
+        if ipl.ranks()[0] == 0:
+            print(f"{keeper.folder}: {of_stages(settings)}", file=sys.stderr, flush=True)
+        rng = torch.Generator().manual_seed(settings.seed)
+        adapted, mappers, history = ipl.adapt(settings, generator, clips, rng=rng, steps=keeper)
+        if ipl.ranks()[0] > 0:
+            return
+        drawn = pictures.of_run({
+            "curves.png": lambda: pictures.curves(
+                history, floor_of_truth(settings, generator, clips, mappers)
+            ),
+            "samples.png": lambda: samples(settings, generator, adapted),
+        })  # fmt: skip
+        save_run(keeper.folder, settings, mappers, adapted, history, drawn)
+        keeper.finish()
+    say_finished(keeper, settings, generator, adapted)
+
+
+def of_stages(settings):
+    """What a run does, in words."""
+    second = f"{settings.steps} steps of {settings.batch} images"
+    if settings.method == "nada":
+        return f"NADA, {second}"
+    first = f"{settings.steps_mapper} steps of {settings.batch_mapper} images"
+    each = " for each CLIP" if len(settings.clip) > 1 else ""
+    return f"stage 1, {first}{each}; stage 2, {second}"
+
+
+def samples(settings, source, adapted, *, n=None, seed=None, truncation_psi=None):
+    """Source over adapted, with labels: the bytes of a .png file. None: as in the settings."""
+    n, seed, psi = (
+        default if x is None else x
+        for x, default in (
+            (n, settings.samples), (seed, settings.seed), (truncation_psi, settings.truncation_psi)
+        )
+    )  # fmt: skip
+    grid = ipl.sample_grid(source, adapted, n=n, seed=seed, truncation_psi=psi)
+    steps = f"{settings.steps_mapper} + " * (settings.method == "ipl") + f"{settings.steps} steps"
+    words = settings.source.strip(), settings.target.strip()
+    return pictures.png(pictures.labelled(grid, source.resolution, *words, f"seed {seed}, {steps}"))
+
+
+# ----------------------------------------------------------------------------------------------
+# What only the miniature can tell
+
+
+def has_truth(settings):
+    labels = {settings.source.strip(), settings.target.strip()}
+    return not settings.generator and labels <= set(miniature.LABELS)
+
+
+@torch.no_grad()
+def floor_of_truth(settings, generator, clips, mappers):
+    """Stage 2's loss of the true pairs, or None where there are none."""
+    if not has_truth(settings):
+        return None
+    z, *images = (
+        x.to(generator.w_avg.device) for x in true_pairs(settings.source, settings.target)
+    )
+    w, floor, weights = generator.mapping(z), 0, settings.clip_weights or [1.0] * len(clips)
+    for i, (clip_model, transform) in enumerate(clips):
+        source, target = (clip_model.encode_image(transform(x)) for x in images)
+        if mappers:
+            direction = ipl.prompt_directions(settings, clip_model, mappers[i])
+        else:
+            direction = ipl.label_direction(settings, clip_model)
+        delta_image = ipl.feature_delta(source, target)
+        floor += weights[i] * ipl.directional_loss(delta_image, direction(w), settings.eps)
+    return float(floor)
+
+
+def judged(settings, generator, adapted, n=128):
+    """What the judge sees in n pictures of latents that no training uses, in words."""
+    target = settings.target.strip()
+    truth = Truth(n, 70_000, load_judge(), generator.cpu(), settings.source.strip())
+    found = truth.figures(truth.pictures(adapted.cpu()), target)
+    best = truth.figures(truth.draw(target), target)
+    names = {"target": target, "attributes": "attributes kept", "identity": "same person"}
+    shares = [f"{words} {found[x]:.0%} (truth {best[x]:.0%})" for x, words in names.items()]
+    return f"the judge, of {n} other persons: {', '.join(shares)}"
+
+
+def say_finished(keeper, settings, generator, adapted):
+    """What there is now, how good it is where somebody knows, and what to do next: once."""
+    folder, times = keeper.folder, [f"stage {s} {x:.0f} s" for s, x in keeper.seconds.items()]
+    there = [name for name in FILES if (folder / name).exists()]
+    lines = [f"{folder}: {', '.join(there)}" + f" ({', '.join(times)})" * bool(times)]
+    if has_truth(settings):
+        lines.append(judged(settings, generator, adapted))
+    runs = [path for path in Path(folder).absolute().parent.iterdir() if find_generator(path)]
+    if len(runs) == 1:  # the first one here
+        run = shlex.quote(str(folder))
+        lines.append(f"new samples: python ipl.py sample --run {run} --n 16 --out grid.png")
+    print("\n".join(lines))

@@ -1,0 +1,199 @@
+"""The settings of a run: the method's, and what the command line adds. Comments are help texts."""
+
+import inspect
+import math
+import os
+import re
+import typing
+from dataclasses import asdict, dataclass, field, make_dataclass
+from typing import Annotated
+
+import tyro
+
+import ipl
+from checkpoints.download import split_url
+from checkpoints.stylegan2 import WANTED
+from miniature import LABELS
+
+
+@dataclass(frozen=True)
+class Settings(ipl.Config):
+    generator: str | None = None  # StyleGAN2 file or URL. None: the miniature and its defaults.
+    class_index: int | None = None  # The class that a conditional generator draws.
+    clip: tuple[str, ...] = ()  # CLIPs: OpenAI's names, or files; else the miniature's or ViT-B/32.
+
+    out: str | None = None  # Folder; of several runs, that of theirs. None: runs/photo-to-anime.
+    overwrite: bool = False  # Replace the run that is in the folder.
+    resume: bool = False  # Go on with it where it was stopped, to the same result.
+    save_every: int = 50  # Steps after which the unfinished run is saved; also if it is stopped.
+    seed: int = 0  # Of everything random; latents, crops and samples are those of any device.
+    samples: int = 8  # How many are drawn at the end.
+    truncation_psi: float = 0.7  # Truncation of the samples.
+
+    device: str = "auto"  # auto, cpu, cuda or cuda:<n>.
+    deterministic: bool = False  # On a GPU, only kernels that repeat their bits, where there are.
+    tf32: bool = False  # On a GPU, TensorFloat-32 for what is not in half precision.
+    keep_memory: bool = False  # On a CPU, keep freed memory for the next tensors; cli/processes.py.
+
+
+# The embedded world's networks are small and learn at other rates: its runs start from these.
+MINIATURE = Settings(
+    residual="none", lr_mapper=1.0, batch_mapper=16, steps_mapper=80, lambda_domain=2.0,
+    lambda_source=1.0, lr=0.008, batch=4, steps=80, ema=0.95, eps=0.1, noise="fixed", crop=0.3,
+    layers="all", freeze="noise", truncation_psi=1.0,
+)  # fmt: skip
+
+GROUPS = {  # of --help
+    "what": "source target method generator class_index clip clip_weights",
+    "where": "out overwrite resume save_every seed samples truncation_psi",
+    "stage_1": "n_ctx ctx_init residual lr_mapper batch_mapper steps_mapper lambda_domain "
+    "lambda_source",
+    "stage_2": "lr batch steps ema eps noise crop freeze",
+    "layer_choice": "layers num_layers layer_batch layer_lr layer_every",
+    "speed": "device autocast half compile tf32 deterministic keep_memory",
+}
+
+ABOUT = f"""Adapt a generator to a new domain, from words alone: image-specific prompt learning.
+
+  python ipl.py --source photo --target anime
+  python ipl.py --generator ffhq.pkl --clip ViT-B/32 --source photo --target Disney
+  python ipl.py sample | convert | inspect --help
+
+Without --generator it is the embedded miniature world, which knows
+{", ".join(LABELS)}."""
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def expand(path):
+    """A path with its `~`, which a shell leaves alone behind `=`."""
+    return path and os.path.expanduser(path)
+
+
+# ----------------------------------------------------------------------------------------------
+# The command line
+
+
+def help_texts():
+    """{name of a field: its comment, behind it or in the line above}."""
+    source = inspect.getsource(ipl.Config) + inspect.getsource(Settings)
+    fields = re.findall(r"^(?: +# (.*)\n)? +(\w+): [^#\n]*(?:# (.*))?$", source, re.MULTILINE)
+    return {name: behind or above for above, name, behind in fields}
+
+
+def parse(argv, describe=True):
+    """A command line -> a Settings for each --target. tyro prints what is wrong with it, or the
+    help, and exits; describe: whether it is this process that prints.
+
+    Without --generator, what is not given is as in MINIATURE.
+    """
+    default = Settings() if any(word.startswith("--generator") for word in argv) else MINIATURE
+    kinds, texts = typing.get_type_hints(Settings), help_texts()
+    kinds["target"], texts["target"] = (
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        f"What it shall draw, in words; several make several runs. (default: {default.target})",
+    )
+    values = asdict(default) | {"target": ()}
+    groups = {}
+    for group, names in GROUPS.items():
+        members = [
+            (name, Annotated[kinds[name], tyro.conf.arg(help=texts[name])], values[name])
+            for name in names.split()
+        ]
+        kind = make_dataclass(group, members)
+        groups[group] = kind, field(default_factory=kind)
+    found = tyro.cli(
+        make_dataclass("Groups", [(name, *of) for name, of in groups.items()]),
+        prog="ipl.py", description=ABOUT, args=argv, console_outputs=describe,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )  # fmt: skip
+    values = {name: x for group in vars(found).values() for name, x in vars(group).items()}
+    targets = values.pop("target") or (default.target,)
+    paths = {name: expand(values[name]) for name in ("generator", "out")}
+    paths["clip"] = tuple(map(expand, values["clip"]))
+    return [Settings(**values | paths, target=target) for target in targets]
+
+
+# ----------------------------------------------------------------------------------------------
+# What can be wrong
+
+
+def check(settings, **names):
+    """Every value in its range, or a ValueError of one line. names: fields under other names."""
+    for name, kind in typing.get_type_hints(type(settings)).items():  # in a config.json
+        if not _is_a(kind, value := getattr(settings, name)):
+            wanted = getattr(kind, "__name__", str(kind).removeprefix("typing."))
+            raise ValueError(f"{flag(name)} must be {wanted}, not {value!r}")
+    counts = "n_ctx steps_mapper batch steps num_layers layer_batch layer_every samples save_every"
+    for of, holds, wanted in (
+        (counts, lambda x: 1 <= x < 2**31, "at least 1, and below 2^31"),
+        ("batch_mapper", lambda x: 2 <= x < 2**31, "at least 2 (to tell prompts apart)"),
+        ("lr_mapper lr layer_lr", lambda x: 0 < x <= 1e30, "above 0, and at most 1e30"),
+        ("lambda_domain lambda_source eps", lambda x: 0 <= x <= 1e30, "from 0 to 1e30"),
+        ("class_index", lambda x: x >= 0, "0 or more"),
+        ("seed", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
+        ("ema crop", lambda x: 0 <= x < 1, "0 or more, and below 1"),
+        ("truncation_psi", lambda x: abs(x) <= 1000, "between -1000 and 1000"),
+        ("samples", lambda x: x <= 10_000, "at most 10000"),
+    ):
+        for name in of.split():
+            value = getattr(settings, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{names.get(name, flag(name))} must be {wanted}, not {value}")
+    generator, clips, weights = settings.generator, settings.clip, settings.clip_weights
+    source, target = settings.source, settings.target
+    for wrong, words in (
+        (len(set(clips)) < len(clips), "--clip names the same CLIP twice; wanted: --clip-weights"),
+        (weights and len(weights) != max(1, len(clips))
+         or not all(0 < x < math.inf for x in weights),
+         "--clip-weights must be a number above 0 for each CLIP of --clip"),
+        (not source.strip(), "--source is empty; wanted: a domain in words, such as photo"),
+        (not target.strip(), "--target is empty; wanted: a domain in words, such as anime"),
+        (source.lower().split() == target.lower().split(),  # CLIP reads lower case
+         f"--source and --target are both {target!r}; wanted: two domains"),
+        (settings.out is not None and not settings.out.strip(),
+         "--out is empty; wanted: a folder, or no --out"),
+        (generator is not None and not split_url(generator) and not os.path.exists(generator),
+         f"--generator {generator!r}: no such file; wanted: {WANTED}"),
+        (settings.resume and settings.overwrite,
+         "--resume goes on with a run and --overwrite begins anew; wanted: one"),
+        (settings.noise == "fixed" and settings.eps == 0,
+         "--eps 0 with --noise fixed divides 0 by 0 at the first step; wanted: --eps 0.1"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(words)
+
+
+def _is_a(kind, value):
+    """Whether the value has the type of an annotation; a whole number passes for a float."""
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in args
+    if typing.get_origin(kind) is tuple:  # tuple[X, ...], a list in a config.json
+        return isinstance(value, tuple | list) and all(_is_a(args[0], x) for x in value)
+    if args:  # X | None
+        return any(_is_a(x, value) for x in args)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def check_shares(settings, processes):
+    """That the processes of a run can divide its batches among them, or a ValueError."""
+    used = ["batch"] + ["batch_mapper"] * (settings.method == "ipl")
+    for name in used + ["layer_batch"] * (settings.layers == "adaptive"):
+        if getattr(settings, name) % processes:
+            wanted = f"a multiple of {processes}, the number of processes"
+            raise ValueError(f"{flag(name)} {getattr(settings, name)}; wanted: {wanted}")
+
+
+def check_layers(settings, generator):
+    """That --num-layers and --freeze fit the generator, or a ValueError."""
+    names = sorted({name for layer in generator.layers() for name, _ in layer.named_parameters()})
+    if settings.num_layers and settings.num_layers > generator.num_ws:
+        raise ValueError(f"--num-layers {settings.num_layers}; wanted: at most {generator.num_ws}")
+    if settings.freeze and not 0 < sum(settings.freeze in name for name in names) < len(names):
+        fit = f"must fit some of {', '.join(names)}, not all"
+        raise ValueError(f"--freeze {settings.freeze} {fit}")
