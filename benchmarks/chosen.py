@@ -13,9 +13,9 @@ those of the differences to the exact runs of the same seeds. Writes chosen.json
 """
 
 import argparse
-import json
 import statistics
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,17 +24,19 @@ from tqdm import tqdm
 
 import ipl
 from benchmarks import worlds
-from benchmarks.measure import SEED, clock
+from benchmarks.measure import SEED, clock, write_json
 from benchmarks.step import published_step
 from checkpoints import load_generator
-from checkpoints.files import write_atomically
 from cli.processes import choose_kernels, keep_memory, pick_device, plain_words
 from cli.run_folder import make_folder
+from cli.settings import MINIATURE
 from miniature import CLIP, GENERATOR
 from miniature.evaluate import Truth, interval
 from miniature.judge import load_judge
 
-EXACT = replace(ipl.MINIATURE, layers="adaptive", autocast="none")
+EXACT = replace(MINIATURE, layers="adaptive", autocast="none")
+
+PUBLISHED, TF32 = "published order of work", "tf32"
 RECOMMENDED = {"layer_every": 5, "autocast": "all"}
 VARIANTS = {
     "exact": {},
@@ -44,26 +46,27 @@ VARIANTS = {
     "all in bf16": {"autocast": "all"},
     "all in fp16": {"autocast": "all", "half": "fp16"},
     "compile": {"compile": True},
-    "tf32": {"tf32": True},
+    TF32: {},
     "recommended": RECOMMENDED,
 }
-PUBLISHED = "published order of work"
 FIGURES = ("target", "attributes", "frechet")
 
 
-def adapt(cfg, generator, pair, directions, seed):
-    """Stage 2 -> the adapted generator, and the seconds of a step."""
-    choose_kernels(cfg.deterministic, cfg.tf32)
-    times = []
+def adapt(exact, name, generator, pair, mapper, seed):
+    """Stage 2 of a variant -> the adapted generator, and the seconds of a step."""
+    cfg, times = replace(exact, **VARIANTS[name]), []
+    choose_kernels(deterministic=False, tf32=name == TF32)
 
-    def keep(stage, bar, history, rng, *modules):
-        for step in range(bar.total):
+    def steps(stage, total, state):
+        for step in range(total):
             times.append(time.perf_counter())  # each step ends in a wait for its loss
             yield step
         times.append(time.perf_counter())
 
+    directions = [ipl.prompt_directions(cfg, pair[0], mapper)]
     rng = torch.Generator().manual_seed(seed)
-    adapted, _ = ipl.adapt_generator(cfg, generator, *pair, directions, rng=rng, keep=keep)
+    with warnings.catch_warnings(action="ignore"):  # that so few steps teach little
+        adapted, _ = ipl.adapt_generator(cfg, generator, [pair], directions, rng=rng, steps=steps)
     return adapted, (times[-1] - times[1]) / (cfg.steps - 1)  # the first step warms up
 
 
@@ -71,21 +74,18 @@ def speeds(options):
     """{variant, or the published order: [seconds of a step]}, of networks with random weights."""
     world = worlds.build(options.size, pick_device(options.device))
     exact, generator, *pair = world
-    steps = 1 + 2 * RECOMMENDED["layer_every"]
+    exact = replace(exact, steps=1 + 2 * RECOMMENDED["layer_every"])
     mapper = worlds.new_mapper(world)
     rows = {PUBLISHED: [{"seconds": published(world, mapper)}]}
     for name in tqdm(options.variants, disable=None):
-        cfg = replace(exact, steps=steps, **VARIANTS[name])
-        directions = ipl.prompt_directions(cfg, pair[0], mapper)
-        _, seconds = adapt(cfg, generator, pair, directions, SEED)
-        rows[name] = [{"seconds": seconds}]
+        rows[name] = [{"seconds": adapt(exact, name, generator, pair, mapper, SEED)[1]}]
     return rows
 
 
 def published(world, mapper):
     """Seconds of a step in the published order, whose process gives freed memory back."""
     keep_memory(False)
-    choose_kernels(world.cfg.deterministic, world.cfg.tf32)
+    choose_kernels(deterministic=False, tf32=False)
     step, *_ = published_step(world, 2, mapper)
     device, z_dim = world.generator.w_avg.device, world.generator.z_dim
     times = []
@@ -108,10 +108,8 @@ def measure(options):
         exact = replace(EXACT, target=options.target, steps=options.steps)
         rng = torch.Generator().manual_seed(seed)
         mapper, _ = ipl.train_mapper(exact, generator, *pair, rng=rng)
-        directions = ipl.prompt_directions(exact, pair[0], mapper)
         for name in rows:
-            cfg = replace(exact, **VARIANTS[name])
-            adapted, seconds = adapt(cfg, generator, pair, directions, seed)
+            adapted, seconds = adapt(exact, name, generator, pair, mapper, seed)
             figures = truth.figures(truth.pictures(adapted.cpu()), options.target)
             rows[name].append({"seconds": seconds, **{k: figures[k] for k in FIGURES}})
             bar.update()
@@ -133,13 +131,11 @@ def table(rows):
         speed = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
         cells = [f"{speed:.2f}x"]
         for figure, digits in zip(FIGURES, (2, 2, 0), strict=True):
-            own = interval([row[figure] for row in found])
-            difference = interval([a[figure] - b[figure] for a, b in pairs])
-            cells += [f"{m:{sign}.{digits}f} ± {half:.{digits}f}"
-                      for sign, (m, half) in (("", own), ("+", difference))]  # fmt: skip
-        lines.append(f"| {name} | " + " | ".join(cells if name != "exact" else
-                                                 [c if i % 2 or not i else "" for i, c in
-                                                  enumerate(cells)]) + " |")  # fmt: skip
+            mean, half = interval([row[figure] for row in found])
+            cells.append(f"{mean:.{digits}f} ± {half:.{digits}f}")
+            mean, half = interval([a[figure] - b[figure] for a, b in pairs])
+            cells.append("" if name == "exact" else f"{mean:+.{digits}f} ± {half:.{digits}f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -162,8 +158,7 @@ def main():
         rows = speeds(options) if options.size else measure(options)
         hardware = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         result = {"seeds": options.seeds, "target": options.target, "rows": rows, "on": hardware}
-        text = json.dumps(result, indent=2) + "\n"
-        write_atomically(options.out / "chosen.json", lambda path: path.write_text(text))
+        write_json(options.out / "chosen.json", result)
         if not options.size:
             print(f"{options.target}, seeds {' '.join(map(str, options.seeds))}")
         print(hardware)

@@ -1,10 +1,10 @@
 """How the cost of our step grows: with resolution, with batch, and over processes.
 
-    python -m benchmarks.growth [--resolutions 64 128 256 512 1024] [--batches 1 2 4 8 16]
+    python -m benchmarks.growth [--resolutions 64 128 256 512 1024] [--batches 2 4 8 16]
                                 [--processes 1 2] [--device cpu] [--repeats 3] [--limit 60]
                                 [--out runs/growth]
 
-Networks as in benchmarks.step, random ones at every size. Resolutions are measured at batch 1, in
+Networks as in benchmarks.step, random ones at every size. Resolutions are measured at batch 2, in
 the layer choice too; batches at the lowest resolution; processes there as well, each with one
 thread, sharing a batch of 8 by gloo, on a CPU only. A series ends where one step could take more
 than `limit` seconds. Writes growth.json and growth.png.
@@ -36,17 +36,17 @@ STAGES = (1, 2)
 def seconds_of(world, stage, batch, repeats):
     """The median of some steps of ours at one batch for all, after a first one."""
     device, times = world.generator.w_avg.device, []
-    steps = dict.fromkeys(("steps_mapper", "steps"), repeats + 1)
+    numbers = dict.fromkeys(("steps_mapper", "steps"), repeats + 1)
     batches = dict.fromkeys(("batch_mapper", "batch", "layer_batch"), batch)
-    world = world._replace(cfg=replace(world.cfg, **steps, **batches))
+    world = world._replace(cfg=replace(world.cfg, **numbers, **batches))
 
-    def keep(_, bar, *others):
-        for i in bar:
+    def steps(stage, total, state):
+        for step in range(total):
             start = clock(device)
-            yield i
+            yield step
             times.append(clock(device) - start)
 
-    run_ours(world, stage, worlds.new_mapper(world), keep)
+    run_ours(world, stage, worlds.new_mapper(world), steps)
     return statistics.median(times[1:])
 
 
@@ -122,7 +122,7 @@ def measure(options, device, build):
     repeats, lowest = options.repeats, min(options.resolutions)
 
     def of_resolution(resolution, stage):
-        return seconds_of(build(resolution, device), stage, 1, repeats)
+        return seconds_of(build(resolution, device), stage, 2, repeats)
 
     def of_batch(batch, stage):
         return seconds_of(build(lowest, device), stage, batch, repeats)
@@ -174,7 +174,7 @@ def main(argv=None, build=worlds.random_world):
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--resolutions", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)

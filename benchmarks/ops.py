@@ -1,6 +1,6 @@
 """Time of the CUDA kernels, of the reference, and of the reference under torch.compile.
 
-    python -m benchmarks.ops [--batch 4] [--rounds 20]
+    python -m benchmarks.ops [--batch 4] [--rounds 5]
 
 The shapes are those of FFHQ at 1024 pixels. Needs a CUDA device. Prints a Markdown table: medians
 over the rounds, in which the three take turns, so that a change of the clock meets all of them.
@@ -19,8 +19,6 @@ import torch
 from stylegan2_ops import bias_act, upfirdn2d
 from stylegan2_ops.upfirdn2d import setup_filter, upsample2d
 
-RUNS = 10  # between two events
-
 
 def cases(batch):
     """(name, operation, shape of x, shape of b or None)"""
@@ -34,14 +32,11 @@ def cases(batch):
         yield f"bias, lrelu {size}", lrelu, (batch, channels, size, size), channels
 
 
-def milliseconds(function):
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(RUNS):
-        function()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / RUNS
+def milliseconds(work):
+    """Of one run; the timer waits for the GPU."""
+    from torch.utils.benchmark import Timer  # torch warns if it is imported without a GPU
+
+    return Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=0.1).median * 1e3
 
 
 def medians(operation, x, b, backward, rounds):
@@ -63,8 +58,8 @@ def medians(operation, x, b, backward, rounds):
     works[0]()
     torch.cuda.synchronize()
     first = time.perf_counter() - began
-    for each in works:
-        milliseconds(each)  # warm up
+    for each in works[1:]:
+        each()  # so that no timer sees it compile
     rows = [[milliseconds(each) for each in works] for _ in range(rounds)]
     return [statistics.median(times) for times in zip(*rows, strict=True)], first
 
@@ -74,7 +69,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.ops needs a CUDA device")

@@ -30,6 +30,12 @@ import ipl
 from stylegan2_ops import generator, upfirdn2d
 
 
+def tokenize(clip_model, texts):
+    """Tokens [N, 77], padded with zeros."""
+    tokens = ipl.openai_clip().tokenize(texts, context_length=clip_model.context_length)
+    return tokens.to(clip_model.logit_scale.device)
+
+
 def adam(cfg, stage, network):
     """Over all weights, in a loop of small operations, as in torch 1.7. Betas: StyleGAN2's."""
     if stage == 1:
@@ -70,14 +76,13 @@ def published_convolutions():
 
 def encode_texts(clip_model, texts):
     """E_T of N whole texts of 77 tokens: with a graph, which is then cut, [N, e]."""
-    tokens = ipl.clip.tokenize(texts, context_length=clip_model.context_length)
-    return clip_model.encode_text(tokens.to(clip_model.logit_scale.device)).detach()
+    return clip_model.encode_text(tokenize(clip_model, texts)).detach()
 
 
 def encode_prompts(clip_model, ctx, label):
     """E_T of prompts padded to 77 tokens, one by one: ctx [B, n_ctx, d] -> [B, e]."""
-    L, n_ctx = clip_model.context_length, ctx.shape[1]
-    tokens = ipl.clip.tokenize(label, context_length=L).to(ctx.device)
+    tokens = tokenize(clip_model, label)
+    L, n_ctx = tokens.shape[1], ctx.shape[1]
     text = clip_model.token_embedding(tokens)[0].detach()  # [L, d]
     eot, features = int(tokens.argmax()) + n_ctx, []
     for vectors in ctx:
@@ -130,8 +135,8 @@ def choose_layers(cfg, target, clip_model, transform, w):
     w_plus = w[:, None].repeat(1, target.num_ws, 1).requires_grad_()
     sgd = torch.optim.SGD([w_plus], lr=cfg.layer_lr, foreach=False)
     image_features = clip_model.encode_image(transform(target.synthesis(w_plus)))
-    tokens = ipl.clip.tokenize(cfg.target, context_length=clip_model.context_length).to(w.device)
-    loss = ipl.domain_loss(image_features, clip_model.encode_text(tokens))
+    text = clip_model.encode_text(tokenize(clip_model, cfg.target))
+    loss = ipl.domain_loss(image_features, text)
     sgd.zero_grad()
     loss.backward()
     sgd.step()
@@ -161,8 +166,8 @@ def generator_step(
     source_features, target_features = (
         clip_model.encode_image(transform(x)) for x in (x_source, x_target)
     )
-    delta_text = ipl.feature_delta(t_source, t_target)
-    loss = ipl.directional_loss(source_features, target_features, delta_text, cfg.eps)
+    delta_image = ipl.feature_delta(source_features, target_features)
+    loss = ipl.directional_loss(delta_image, ipl.feature_delta(t_source, t_target), cfg.eps)
 
     for module in (source, target):
         module.zero_grad()

@@ -9,8 +9,8 @@ ipl.train_mapper and ipl.adapt_generator as they are, the other benchmarks/publi
 both must give the same loss, gradient norm and layers. The memory is the largest sum of tensors
 beyond the networks that are there from the start.
 
-Ours keeps freed memory in the process, as ipl.py does (cli.processes.keep_memory); the published
-order gives it back, as any Python program under glibc, unless --same-malloc lets it keep it, too.
+Ours keeps freed memory in the process (cli.processes.keep_memory); the published order gives it
+back, as any Python program under glibc, unless --same-malloc lets it keep it, too.
 What is then left is the gain of the order of work alone. Without it, taking turns favours the
 published order: gaps that ours leaves in the heap may serve it, and what it gives back, ours has to
 get again, which grows with the batch.
@@ -29,6 +29,7 @@ import contextlib
 import copy
 import math
 import statistics
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import trange
 
 import ipl
 from benchmarks import measure, published_order, worlds
@@ -84,14 +86,15 @@ def draws(z_dim):
     return draw_z, drawn
 
 
-def run_ours(world, stage, mapper, keep, target=None, draw_z=None):
-    """A stage of ipl.py with a `keep` that sees every step begin and end."""
-    cfg, generator, clip_model, transform = world
-    more = {"rng": torch.Generator().manual_seed(SEED), "keep": keep, "draw_z": draw_z}
-    if stage == 1:
-        return ipl.train_mapper(cfg, *world[1:], mapper=mapper, **more)[1]
-    directions = ipl.prompt_directions(cfg, clip_model, mapper)
-    return ipl.adapt_generator(cfg, *world[1:], directions, target=target, **more)[1]
+def run_ours(world, stage, mapper, steps, target=None, draw_z=None):
+    """A stage of ipl.py whose `steps` see every step begin and end."""
+    cfg, generator, *clip_pair = world
+    more = {"rng": torch.Generator().manual_seed(SEED), "steps": steps, "draw_z": draw_z}
+    with warnings.catch_warnings(action="ignore"):  # that so few steps teach little
+        if stage == 1:
+            return ipl.train_mapper(*world, mapper=mapper, **more)
+        directions = [ipl.prompt_directions(cfg, world.clip_model, mapper)]
+        return ipl.adapt_generator(cfg, generator, [clip_pair], directions, target=target, **more)
 
 
 def published_step(world, stage, mapper):
@@ -152,15 +155,13 @@ def compare(world, stage, repeats, name, same_malloc=False):
     total = 2 + repeats + for_parts
     result = {}
 
-    def keep(_, bar, history, rng, *modules):
+    def steps(stage, total, state):
         result["once"] = clock(device) - start
-        bar.set_description(name)
         patches = {
             "ours": patches_of("ours", world.generator, target, world.clip_model),
             "published": patches_of("published", world.generator, target and trained, their_clip),
         }
-        (optimizer,) = (x for x in modules if isinstance(x, torch.optim.Optimizer))
-        optimizers = {"ours": optimizer, "published": their_optimizer}
+        optimizers = {"ours": state["optimizer"], "published": their_optimizer}
 
         @contextlib.contextmanager
         def measured(way, i):
@@ -176,23 +177,22 @@ def compare(world, stage, repeats, name, same_malloc=False):
                 with parts[way].step(patches[way], optimizers[way]):
                     yield
 
-        for i in range(total):
+        for i in trange(total, desc=name, disable=None):
             drawn.clear()
             with measured("ours", i):
                 yield i
             with measured("published", i):
                 row = theirs(*drawn)
             if i == 0:
-                check(history[-1], row | {"grad_norm": grad_norm(trained)}, name)
-                result["loss"] = {"ours": history[-1]["loss"], "published": row["loss"]}
+                (ours,) = state["history"]
+                check(ours, row | {"grad_norm": grad_norm(trained)}, name)
+                result["loss"] = {"ours": ours["loss"], "published": row["loss"]}
                 result["layers"] = row.get("layers")
-            bar.update()
-        bar.close()
 
     target = worlds.moved(world.generator) if stage == 2 else None
     long = world._replace(cfg=replace(world.cfg, steps_mapper=total, steps=total))
     start = clock(device)
-    run_ours(long, stage, mapper, keep, target, draw_z)
+    run_ours(long, stage, mapper, steps, target, draw_z)
     medians = {way: statistics.median(times[way]) for way in WAYS}
     peaks = {way: memory[way].peak for way in WAYS}
     return result | {
@@ -242,7 +242,8 @@ def flops_of(world, stage, chosen):
         target.requires_grad_(False)
         w = generator.mapping(torch.randn(cfg.layer_batch, generator.z_dim, device=device))
         text = ipl.encode_texts(clip_model, cfg.target)[0]
-        count("layer choice", lambda: ipl.select_layers(target, E_I, w, text, 1))
+        text_loss = lambda images: ipl.domain_loss(E_I(images), text)  # noqa: E731
+        count("layer choice", lambda: ipl.select_layers(target, text_loss, w, 1))
     return counts
 
 

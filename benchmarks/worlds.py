@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 
 import ipl
+import miniature
 from benchmarks.measure import SEED
 from checkpoints import load_generator
+from cli.settings import MINIATURE
 from stylegan2_ops import Generator
 
 
@@ -32,7 +34,7 @@ def config_f(resolution, device):
 def vit_b_32(device):
     """CLIP of ViT-B/32's size with random weights, and its transform."""
     torch.manual_seed(0)
-    model = ipl.clip.model.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
+    model = ipl.openai_clip().model.CLIP(512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
     model = model.eval().requires_grad_(False).to(device)
     return model, lambda images: ipl.clip_transform(images, 224)
 
@@ -42,10 +44,8 @@ def miniature_world(device):
 
     Without what the published code has not: autocast, crops, frozen noise strengths.
     """
-    import miniature
-
     off = {name: getattr(ipl.Config(), name) for name in ("autocast", "crop", "freeze")}
-    cfg = replace(ipl.MINIATURE, layers="adaptive", **off)
+    cfg = replace(MINIATURE, layers="adaptive", **off)
     generator = load_generator(miniature.GENERATOR, device)
     return World(cfg, generator, *ipl.load_clip(miniature.CLIP, device))
 

@@ -39,6 +39,7 @@ RELEASED = {
     "ViT-L/14": (24, 1024, 14, 768, 12, 768),  # and ViT-L/14@336px
 }
 SMALL = 256  # text sides below are of no published CLIP, but trained with OpenAI's own class
+ROOM = 2**27  # bytes: a CLIP of few words is a small file, most of its token embedding being zero
 NUMBERS = ("input_resolution", "context_length", "vocab_size")  # beside the weights
 
 
@@ -62,11 +63,11 @@ def _parse(data, notes):
         state = safetensors.torch.load(data)
         state = {name: x for name, x in state.items() if x.is_floating_point()}
     else:
-        value, unread = read_pickled(data)
+        value, unread = read_pickled(data, ROOM)
         if isinstance(value, Opaque) and value.name.startswith("__torch__"):
             state = read_script(data)
         else:
-            state = _read_state(value, unread, tensor_reader(4 * len(data)), notes)
+            state = _read_state(value, unread, tensor_reader(max(ROOM, 4 * len(data))), notes)
     state = unwrapped(state, notes)
     architecture = _check(state)
     check_finite(state)
@@ -82,7 +83,8 @@ def _parse(data, notes):
 def _read_state(value, unread, read, notes):
     """The tensors of a pickled state dict, or of one in a container."""
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        if "quickgelu" not in str(value.get("name")).lower():  # of a run of open_clip
+        name = value.get("name")  # of a run of open_clip
+        if not isinstance(name, str) or "quickgelu" not in name:
             notes.append(
                 "a container as open_clip's, whose own models have GELU unless their names end in "
                 "quickgelu; it is taken for a CLIP with QuickGELU"

@@ -7,6 +7,8 @@ from urllib.parse import urldefrag
 
 from checkpoints.pickles import CheckpointError
 
+TIMEOUT = 30.0  # seconds without a byte
+
 
 def split_url(path):
     """(address, sha256 or "") if `path` is a URL, None if it is a file's.
@@ -42,20 +44,24 @@ def download(url):
 
     address, digest = split_url(url)
     pooch.get_logger().setLevel("WARNING")
-    downloader = pooch.HTTPDownloader(
-        progressbar=sys.stderr.isatty(), chunk_size=2**20, headers={"Accept-Encoding": "identity"}
-    )
-    folder = pooch.os_cache("stylegan2_ops")
+    options = {"timeout": TIMEOUT, "headers": {"Accept-Encoding": "identity"}}
+    bar = sys.stderr.isatty()
+    downloader = pooch.HTTPDownloader(progressbar=bar, chunk_size=2**20, **options)
+    folder, found = pooch.os_cache("stylegan2_ops"), None
+
+    def fetch(url, path, caller):
+        nonlocal found
+        downloader(url, path, caller)
+        found = pooch.file_hash(path)
+
     try:
-        path = pooch.retrieve(address, digest or None, path=folder, downloader=downloader)
+        return Path(pooch.retrieve(address, digest or None, path=folder, downloader=fetch))
     except requests.HTTPError as error:
         reason = f"HTTP status {error.response.status_code} {error.response.reason}"
     except (requests.RequestException, ValueError) as error:
         while cause := error.__cause__ or error.__context__:  # the innermost one says it shortest
             error = cause
-        reason = error
+        reason = f"its sha256 is {found}, not {digest}" if found else " ".join(str(error).split())
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror or error}") from error
-    else:
-        return Path(path)
-    raise CheckpointError(f"{address}: {' '.join(str(reason).split())}")
+    raise CheckpointError(f"{address}: {reason}")

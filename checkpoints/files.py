@@ -63,11 +63,13 @@ def is_safetensors(data):
 
 def unwrapped(state, notes):
     """A state dict without what wrappers put before all of its keys; a note says so."""
-    for _ in range(4):  # wrappers around each other
-        for prefix in WRAPPERS:
-            if state and all(str(key).startswith(prefix) for key in state):
-                state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-                notes.append(f"left out {prefix!r} before the names of all tensors")
+    start = ""
+    for prefix in 4 * WRAPPERS:  # they may lie in each other
+        if state and all(str(key).startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+            start += prefix
+    if start:
+        notes.append(f"left out {start!r} before the names of all tensors")
     return state
 
 

@@ -104,18 +104,20 @@ class Opaque(NamedTuple):
         return f"the name {self.name!a} is not allowed"
 
 
-def read_pickled(data):
+def read_pickled(data, room=0):
     """-> (value, the names that are none of a checkpoint's, whose values are left unread).
 
     data: the bytes of a file of pickle or of torch.save (zip or legacy format). The value consists
     of None, numbers, text, bytes, tuples, lists, dicts, StoredTensor, Module and Opaque; dicts keep
-    the items whose keys are text or sizes. Raises UnpicklingError if the file is cut short or not
-    made of such; what else is damaged may raise anything, after bounded time and memory.
-    CheckpointError: of TensorFlow.
+    the items whose keys are text or sizes. room: to how many bytes a compressed storage may unfold,
+    if that is more than twice the bytes of the file.
+
+    Raises UnpicklingError if the file is cut short or not made of such; what else is damaged may
+    raise anything, after bounded time and memory. CheckpointError: of TensorFlow.
     """
     operations, names = iter(range(MAX_OPERATIONS)), _Names(_NAMES)
     if data.startswith(b"PK\x03\x04"):
-        value = _read_zip(data, operations, names)
+        value = _read_zip(data, operations, names, room)
     elif data.startswith(_LEGACY_START):
         value = _read_legacy(operations, memoryview(data), names)
     else:
@@ -181,7 +183,7 @@ def tensor_reader(limit):
 # torch.save
 
 
-def _read_zip(data, operations, names):
+def _read_zip(data, operations, names, room=0):
     """The format of torch 1.6 on: <root>/data.pkl, and each storage in <root>/data/<key>."""
     if data.count(b"PK\x01\x02") > MAX_MEMBERS:
         raise UnpicklingError(f"more than {MAX_MEMBERS:,} members")
@@ -189,12 +191,12 @@ def _read_zip(data, operations, names):
     roots = [name[: -len("data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise UnpicklingError("a zip archive, but not of torch.save")
-    root = roots[0]
+    root, limit = roots[0], max(room, 2 * len(data))
 
     def member(name):
         info = archive.getinfo(root + name)
         known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        if not known or max(info.file_size, info.compress_size) > 2 * len(data):
+        if not known or max(info.file_size, info.compress_size) > limit:
             raise UnpicklingError("a member that is larger than the file")
         with archive.open(info) as file:
             return file.read(info.file_size)  # and no more, whatever the compressed bytes hold
@@ -312,8 +314,10 @@ _UNREAD = [  # also the attributes of StyleGAN3
     ("numpy", "ndarray"),
     ("numpy.core.multiarray", "scalar"),
     ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.numeric", "_frombuffer"),
     ("numpy._core.multiarray", "scalar"),
     ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.numeric", "_frombuffer"),
 ]
 _NAMES = {
     **_READ,

@@ -140,9 +140,15 @@ def interval(values):
     return x.mean().item(), t * x.std().item() / len(x) ** 0.5
 
 
-def shown(values):
-    mean, half = interval(values)
-    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+def cells(rows):
+    """Of a table: the mean of every figure over some rows, +- its interval; empty if not known."""
+    for name in SHOWN:
+        if name not in rows[0]:
+            yield ""
+            continue
+        mean, half = interval([row[name] for row in rows])
+        digits = 0 if name == "frechet" else 3
+        yield f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(rows) > 1 else "")
 
 
 def table(rows, cfg):
@@ -155,36 +161,35 @@ def table(rows, cfg):
         "",
     ]
     for target in cfg.targets:
-        lines += [f"### {target}", "", "| direction | " + " | ".join(SHOWN) + " |"]
-        lines += ["| --- |" + " --- |" * len(SHOWN)]
         kinds = {m: [rows[target, m, s] for s in cfg.seeds] for m in cfg.methods}
         kinds |= {name: [rows[target, name, None]] for name in ("source", "truth")}
-        for name, found in kinds.items():
-            cells = [shown([r[k] for r in found]) if k in found[0] else "" for k in SHOWN]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
         if {"ipl", "nada"} <= set(cfg.methods):
-            pairs = list(zip(kinds["ipl"], kinds["nada"], strict=True))
-            cells = [shown([a[k] - b[k] for a, b in pairs]) for k in SHOWN]
-            lines.append("| ipl − nada | " + " | ".join(cells) + " |")
+            pairs = zip(kinds["ipl"], kinds["nada"], strict=True)
+            kinds["ipl − nada"] = [{k: a[k] - b[k] for k in SHOWN} for a, b in pairs]
+        lines += [f"### {target}", "", f"| direction | {' | '.join(SHOWN)} |"]
+        lines += ["| --- |" + " --- |" * len(SHOWN)]
+        lines += [f"| {name} | {' | '.join(cells(found))} |" for name, found in kinds.items()]
         lines.append("")
     return "\n".join(lines)
 
 
 def picture(strips, path):
-    """A panel for each target, two beside each other. strips: {target: {row's name: images}}."""
-    height = 64 * len(next(iter(strips.values()))) + 20
-    size = 760 if len(strips) > 1 else 380, height * math.ceil(len(strips) / 2)
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
+    """A panel for each target, two side by side, of five persons; strips: {target: {row: images}}.
+
+    64 colours: a third of the bytes.
+    """
+    width, height = 400, 64 * len(next(iter(strips.values()))) + 24
+    image = Image.new("RGB", (width * 2, height * math.ceil(len(strips) / 2)), "white")
+    pen = ImageDraw.Draw(image)
     for i, (target, rows) in enumerate(strips.items()):
-        left, top = 380 * (i % 2), height * (i // 2)
-        draw.text((left + 60, top + 6), target, "black")
+        left, top = width * (i % 2) + 64, height * (i // 2) + 20
+        pen.text((left, top - 14), target, "black")
         for j, (name, images) in enumerate(rows.items()):
-            draw.text((left + 4, top + 46 + 64 * j), name, "black")
+            pen.text((left - 6, top + 32 + 64 * j), name, "black", anchor="rm")
             row = torch.cat(list(images[:5]), dim=-1).permute(1, 2, 0)
             pixels = ((row + 1) * 127.5).round().to(torch.uint8).numpy()
-            image.paste(Image.fromarray(pixels), (left + 60, top + 20 + 64 * j))
-    write_atomically(path, image.quantize(64).save)  # colours: a third of the bytes
+            image.paste(Image.fromarray(pixels), (left, top + 64 * j))
+    write_atomically(path, image.quantize(64).save)
 
 
 def write_json(path, value):
@@ -198,8 +203,8 @@ def read_run(cfg):
     if adapted is None:
         raise ValueError(f"{cfg.run} is no finished run; wanted: a folder with a generator.pt")
     settings = read_config(cfg.run)
-    domains = settings["source"].strip(), settings["target"].strip()
-    if settings["generator"] or not set(domains) <= set(faces.DOMAINS):
+    domains = settings.source.strip(), settings.target.strip()
+    if settings.generator or not set(domains) <= set(faces.DOMAINS):
         wanted = f"a run of the miniature, with two of {', '.join(faces.DOMAINS)}"
         raise ValueError(f"{cfg.run}: {' to '.join(domains)} has no truth; wanted: {wanted}")
     source, target = domains

@@ -46,6 +46,7 @@ def row(clip_model, transform, persons, domain):
     source, target, *mixed = (clip_model.encode_image(transform(x)) for x in pictures)
     step = ipl.feature_delta(source, target)
     labels = [ipl.label_features(clip_model, y) for y in ("photo", domain)]
+    direction = (labels[1] - labels[0]).expand_as(step)
     said = [[captions.full_caption(c, d) for c in persons.categories] for d in ("photo", domain)]
     spoken = [ipl.encode_texts(clip_model, texts) for texts in said]
     length = step.norm(dim=-1).mean()
@@ -53,8 +54,8 @@ def row(clip_model, transform, persons, domain):
     return {
         "room": 1 - cosine(step, F.normalize(step, dim=-1).mean(0)),
         "|dI|": length.item(),
-        "floor": ipl.directional_loss(source, target, labels[1] - labels[0]).item(),
-        "NADA": cosine(labels[1] - labels[0], step),
+        "floor": ipl.directional_loss(step, direction).item(),
+        "NADA": cosine(direction, step),
         "caption": cosine(ipl.feature_delta(*spoken), step),
         **{cue: share.item() for cue, share in zip(faces.CUES, cues, strict=True)},
     }

@@ -19,7 +19,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 KERNELS = Path(__file__).parent / "kernels"
 TYPES = {  # the names of kernels/scalar.cuh
@@ -66,8 +65,11 @@ def obstacle(device, dtype):
     try:
         macros = ("INT", "int"), ("PACK", 1), ("ACT", "LINEAR"), ("ORDER", 0)
         load("bias_act", (("T", TYPES[dtype]), *macros), architecture(device))
+    except ImportError as error:  # not every torch brings cuda-bindings along
+        major = (torch.version.cuda or "13").partition(".")[0]
+        return f"{error}; wanted: pip install cuda-core 'cuda-bindings=={major}.*'"
     except Exception as error:  # any failure to build must leave the reference in working order
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{type(error).__name__}: {' '.join(str(error).replace(chr(0), ' ').split())}"
 
 
 @functools.cache
@@ -168,15 +170,27 @@ def _stream(handle):
     return cuda.core.Stream.from_handle(handle)
 
 
+def operator(arguments):
+    """Makes a function of CUDA tensors, which returns a tensor, `torch.ops.stylegan2_ops.<name>`.
+
+    The arguments' types are spelled out: torch 2.6 cannot read `list[int]` off a signature.
+    """
+
+    def wrap(function):
+        name, schema = f"stylegan2_ops::{function.__name__}", f"{arguments} -> Tensor"
+        return torch.library.custom_op(
+            name, function, mutates_args=(), device_types="cuda", schema=schema
+        )
+
+    return wrap
+
+
 # ----------------------------------------------------------------------------------------------
 # upfirdn2d
 
 
-@torch.library.custom_op("stylegan2_ops::upfirdn2d", mutates_args=(), device_types="cuda")
-def upfirdn2d(
-    x: Tensor, f: Tensor, up: list[int], down: list[int], padding: list[int],
-    flip: bool, gain: float,
-) -> Tensor:
+@operator("(Tensor x, Tensor f, int[] up, int[] down, int[] padding, bool flip, float gain)")
+def upfirdn2d(x, f, up, down, padding, flip, gain):
     """The operation for a filter f [fh, fw], float64 if x is and else float32.
 
     x: [B, C, H, W], of any strides. up, down: [x, y]. padding: [x0, x1, y0, y1]. The result is
@@ -250,11 +264,11 @@ upfirdn2d.register_autograd(_upfirdn2d_backward, setup_context=_upfirdn2d_setup)
 STRAIGHT = ("linear", "relu", "lrelu")  # no second derivative
 
 
-@torch.library.custom_op("stylegan2_ops::bias_act", mutates_args=(), device_types="cuda")
-def bias_act(
-    x: Tensor, b: Tensor | None, g: Tensor | None, v: Tensor | None,
-    dim: int, act: str, alpha: float, gain: float, clamp: float,
-) -> Tensor:
+@operator(
+    "(Tensor x, Tensor? b, Tensor? g, Tensor? v,"
+    " int dim, str act, float alpha, float gain, float clamp)"
+)
+def bias_act(x, b, g, v, dim, act, alpha, gain, clamp):
     """The operation y(x + b), or with g its derivative g y', or with g and v too g v y''.
 
     x, g and v: of one shape and type. b: [x.shape[dim]], or None. clamp: math.inf for none. The

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ipl
-from checkpoints import load_generator
+from checkpoints import CheckpointError, load_generator
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -59,3 +59,39 @@ def mapper(golden):
         mapper.weights[i].data.copy_(golden["mapper_state"][f"mapping.mapping.{i + 1}.weight"])
         mapper.biases[i].data.copy_(golden["mapper_state"][f"mapping.mapping.{i + 1}.bias"])
     return mapper
+
+
+# For the readers of checkpoints
+
+
+def refusal(load, path, **kwargs):
+    """The one line in which `load` refuses a file, without the path that it begins with."""
+    with pytest.raises(CheckpointError) as error:
+        load(path, **kwargs)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < 400
+    return message.removeprefix(f"{path}: ")
+
+
+def assert_same(a, b):
+    """Two generators of the same kind, bit for bit."""
+    assert a.config == b.config
+    a, b = a.state_dict() | {"w_avg": a.w_avg}, b.state_dict() | {"w_avg": b.w_avg}
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def checkpoint():
+    """A small checkpoint in rosinality's layout, to be changed at will."""
+    return torch.load(GOLDEN / "rosinality_tiny.pt", weights_only=True)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save(content, name) -> the path of the file."""
+
+    def save(content, name="generator.pt", save=torch.save, **kwargs):
+        save(content, tmp_path / name, **kwargs)
+        return tmp_path / name
+
+    return save

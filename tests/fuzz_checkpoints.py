@@ -1,6 +1,6 @@
-"""Damaged files for load_generator: each loads or is refused, in 2 seconds and 1 GB.
+"""Damaged files for load_generator and read_clip: each loads or is refused, in 2 seconds and 1 GB.
 
-  PYTHONPATH=. python tests/fuzz_checkpoints.py SEED COUNT FOLDER [LOADER]
+  python -m tests.fuzz_checkpoints [SEED [COUNT [FOLDER [LOADER]]]]     0, 2000, a temporary folder
 
 prints a line of JSON for each file that does something else and one of counts at the end; what
 kills or blocks the process is for the caller to see. LOADER: a faulty one of `LOADERS`, to show
@@ -15,16 +15,19 @@ import resource
 import signal
 import struct
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from nvidia_pickles import nvidia_pickle
 
 from checkpoints import CheckpointError, load_generator, save_generator
+from checkpoints.clip import read_clip
 from stylegan2_ops import Generator
+from tests.nvidia_pickles import nvidia_pickle, torch_save
 
 SECONDS, BYTES = 2, 2**30  # of CPU time, of memory
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,25 +35,39 @@ OPCODES = [ord(op.code) for op in pickletools.opcodes]
 HUGE = [2**7, 2**8 - 1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
 
 
-def seeds(folder):
-    """{name: bytes} of files that load, in all formats."""
+def tiny_clip():
+    """(a CLIP, the bytes of its TorchScript archive)"""
+    import clip
+
     torch.manual_seed(0)
-    small = Generator(8, {4: 3, 8: 2}, w_dim=4, n_mlp=1, conv_clamp=256, num_fp16_res=1)
-    other = Generator(
-        8, {4: 3, 8: 2}, w_dim=4, n_mlp=1, z_dim=3, c_dim=2, class_index=1, architecture="resnet"
-    )
+    model = clip.model.CLIP(8, 16, 1, 64, 8, 7, 50, 64, 1, 1).eval()
+    with warnings.catch_warnings(action="ignore"):
+        example = {"encode_image": torch.zeros(1, 3, 16, 16)}
+        traced = torch.jit.trace_module(model, example, check_trace=False)
+        return model, traced.save_to_buffer()
+
+
+def seeds(folder):
+    """{name: bytes} of files that load, in all formats; those for read_clip begin with clip."""
+    torch.manual_seed(0)
+    sizes = {"resolution": 8, "channels": {4: 3, 8: 2}, "w_dim": 4, "n_mlp": 1}
+    small = Generator(**sizes, conv_clamp=256, num_fp16_res=1)
+    other = Generator(**sizes, z_dim=3, c_dim=2, class_index=1, architecture="resnet")
     save_generator(small, folder / "small.pt")
     save_generator(other, folder / "other.safetensors")
-    content = {"g_ema": small.state_dict(), "g_optim": {"state": {0: {"step": 1}}}}
-    torch.save(content, folder / "legacy.pt", _use_new_zipfile_serialization=False)
-    files = {name: (folder / name).read_bytes() for name in ("small.pt", "legacy.pt")}
+    content = {"g_ema": small.state_dict(), "args": Path("x"), "g_optim": {"state": {0: {"a": 1}}}}
+    model, archive = tiny_clip()
+    state = model.state_dict()
     return {
-        **files,
-        "other.safetensors": (folder / "other.safetensors").read_bytes(),
+        **{name: (folder / name).read_bytes() for name in ("small.pt", "other.safetensors")},
+        "legacy.pt": torch_save(content, new=False),
         "three.pkl": nvidia_pickle(small, 3),
         "four.pkl": nvidia_pickle(small, 4),
         "golden.pkl": (GOLDEN / "nvidia_variant_resnet.pkl").read_bytes(),
         "golden.pt": (GOLDEN / "rosinality_tiny.pt").read_bytes(),
+        "clip.pt": archive,
+        "clip2.pt": torch_save({"state_dict": {f"module.{key}": x for key, x in state.items()}}),
+        "clip3.safetensors": safetensors.torch.save(state),
     }
 
 
@@ -74,31 +91,30 @@ def move_bytes(rng, data):
     size = rng.randint(1, min(len(data), rng.choice([1, 8, 100, 10_000])))
     i, j = (rng.randrange(len(data) - size + 1) for _ in range(2))
     stretch = data[i : i + size]
-    return rng.choice(
-        [data[:i] + data[i + size :], data[:j] + stretch + data[j:],
-         data[:j] + stretch + data[j + size :]]
-    )  # fmt: skip
+    deleted, repeated = data[:i] + data[i + size :], data[:j] + stretch + data[j:]
+    return rng.choice([deleted, repeated, data[:j] + stretch + data[j + size :]])
 
 
-def change_numbers(rng, data):
-    """Write huge or small numbers over any 4 or 8 bytes."""
+def change_numbers(rng, data, places=None):
+    """Write huge or small numbers over any 2, 4 or 8 bytes, or at places: [(start, size)]."""
     data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 3])):
-        number = struct.pack("<Q", rng.choice(HUGE))[: rng.choice([2, 4, 8])]
-        i = rng.randrange(len(data))
-        data[i : i + len(number)] = number
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        start, size = rng.choice(places) if places else (rng.randrange(len(data)), 8)
+        size = min(size, rng.choice([1, 2, 4, 8]))
+        data[start : start + size] = struct.pack("<Q", rng.choice(HUGE))[:size]
     return bytes(data)
 
 
 def operations(data):
-    """[(position, size of the operation)] of a pickle, as far as it is one."""
+    """[(position, size)] of the operations of a pickle, as far as it is one."""
     positions = []
     try:
         for _, _, position in pickletools.genops(data):
             positions.append(position)
     except ValueError:
         pass
-    return list(zip(positions, positions[1:], strict=False)) or [(0, len(data))]
+    pairs = zip(positions, positions[1:], strict=False)
+    return [(start, end - start) for start, end in pairs] or [(0, len(data))]
 
 
 def swap_opcodes(rng, data):
@@ -110,20 +126,14 @@ def swap_opcodes(rng, data):
 
 def change_arguments(rng, data):
     """Other arguments of a pickle's operations: lengths, sizes, memo slots."""
-    data, found = bytearray(data), operations(data)
-    for _ in range(rng.choice([1, 1, 2, 5])):
-        start, end = rng.choice(found)
-        size = min(end - start - 1, rng.choice([1, 2, 4, 8]))
-        data[start + 1 : start + 1 + size] = struct.pack("<Q", rng.choice(HUGE))[:size]
-    return bytes(data)
+    return change_numbers(rng, data, [(start + 1, size - 1) for start, size in operations(data)])
 
 
 def replace_numbers(rng, data):
     """Huge numbers in the JSON at the head of a .safetensors file, whose length is set right."""
     size = int.from_bytes(data[:8], "little")
     head, rest = data[8 : 8 + size], data[8 + size :]
-    digits = [i for i in range(size) if head[i : i + 1].isdigit()]
-    i = rng.choice(digits)
+    i = rng.choice([i for i in range(size) if head[i : i + 1].isdigit()])
     number = rng.choice([*map(str, HUGE), "-1", "1e400", "null", "[]", '"x"', "0", "9" * 5000])
     head = head[:i] + number.encode() + head[i + 1 :]
     return struct.pack("<Q", len(head)) + head + rest
@@ -157,7 +167,7 @@ DAMAGES = {
 
 
 def damaged(files, seed, number):
-    """-> (suffix, bytes)"""
+    """-> (the name of an intact file, the bytes of its damaged copy)"""
     rng = random.Random(f"{seed}/{number}")
     name = rng.choice([*files, "three.pkl", "four.pkl", "small.pt"])
     damages = next(damages for end, damages in DAMAGES.items() if name.endswith(end))
@@ -168,31 +178,27 @@ def damaged(files, seed, number):
                 data = rng.choice(damages)(rng, data)
             except Exception:  # the first damage left nothing that the second can work on
                 break
-    return Path(name).suffix, data
+    return name, data
 
 
 # ----------------------------------------------------------------------------------------------
 # The check
 
 _hoard = []
+
+
+def _raise(message):
+    raise CheckpointError(message)
+
+
 LOADERS = {  # faulty ones
-    "slow": lambda path: time.sleep(0) or sum(i for i in range(10**9)),
+    "slow": lambda path: sum(i for i in range(10**9)),
     "large": lambda path: _hoard.append(torch.ones(2**29)),
     "crash": lambda path: signal.raise_signal(signal.SIGSEGV),
     "type": lambda path: [][path],
-    "lines": lambda path: _raise(CheckpointError(f"{path}: one\ntwo")),
-    "path": lambda path: _raise(CheckpointError("somewhere: something")),
+    "lines": lambda path: _raise(f"{path}: one\ntwo"),
+    "path": lambda path: _raise("somewhere: something"),
 }
-
-
-def _raise(error):
-    raise error
-
-
-def limit_memory():
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + BYTES, now + BYTES))
 
 
 def fault(load, path):
@@ -201,10 +207,9 @@ def fault(load, path):
         load(path)
         return None, True
     except CheckpointError as error:
-        message = str(error)
+        message, cause = str(error), error.__cause__
         if not message.startswith(f"{path}: ") or "\n" in message or len(message) > 600:
             return f"message {message[:300]!r}", False
-        cause = error.__cause__
         if isinstance(cause, MemoryError) or "can't allocate" in str(cause):
             return f"memory: {cause!r:.300}", False
         return None, False
@@ -212,24 +217,29 @@ def fault(load, path):
         return f"{type(error).__name__}: {error}"[:300], False
 
 
-def main(seed, count, folder, loader="load_generator"):
-    folder = Path(folder)
-    load = {"load_generator": load_generator, **LOADERS}[loader]
-    files = seeds(folder)
+def limit_memory():
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + BYTES, now + BYTES))
+
+
+def main(seed, count, folder, loader=None):
+    files, doors = seeds(folder), {True: read_clip, False: load_generator}
+    warnings.simplefilter("ignore")  # what they say of values that stay unread
     for name, data in files.items():  # they load, and what torch imports late is imported
-        path = folder / f"seed{Path(name).suffix}"
+        path = folder / f"seed-{name}"
         path.write_bytes(data)
-        load_generator(path)
-    warnings.simplefilter("ignore")  # entries that are ignored
+        doors[name.startswith("clip")](path)
     if sys.platform == "linux":
         limit_memory()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     loaded, slowest = 0, 0.0
     for number in range(count):
-        suffix, data = damaged(files, seed, number)
-        path = folder / f"{number}{suffix}"
+        name, data = damaged(files, seed, number)
+        path = folder / f"{number}-{name}"
         path.write_bytes(data)
+        load = LOADERS[loader] if loader else doors[name.startswith("clip")]
         start = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # its signal kills
         found, ok = fault(load, path)
@@ -248,4 +258,6 @@ def main(seed, count, folder, loader="load_generator"):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    seed, count, *rest = sys.argv[1:] + ["0", "2000"][len(sys.argv) - 1 :]
+    with tempfile.TemporaryDirectory() as temporary:
+        main(seed, int(count), Path(rest[0] if rest else temporary), *rest[1:])

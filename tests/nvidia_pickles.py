@@ -3,12 +3,14 @@
 Python's own pickler writes them; the modules that they name exist meanwhile only.
 """
 
+import io
 import pickle
 import sys
 from types import ModuleType
 from unittest import mock
 
 import numpy as np
+import torch
 
 _MODULES = {}
 
@@ -41,6 +43,14 @@ class Call:
 def dumps(value, protocol=4):
     with mock.patch.dict(sys.modules, _MODULES):
         return pickle.dumps(value, protocol)
+
+
+def torch_save(value, new=True):
+    """The bytes that torch.save writes, in its present format or in that before torch 1.6."""
+    buffer = io.BytesIO()
+    with mock.patch.dict(sys.modules, _MODULES):
+        torch.save(value, buffer, _use_new_zipfile_serialization=new)
+    return buffer.getvalue()
 
 
 def module(class_name, parameters=(), buffers=(), modules=(), **attributes):

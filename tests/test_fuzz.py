@@ -8,21 +8,23 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "fuzz_checkpoints.py"
+from tests.fuzz_checkpoints import LOADERS, fault
 
 
-def fuzz(folder, seed, count, *loader):
+def fuzz(folder, count, *loader):
     return subprocess.run(
-        [sys.executable, str(SCRIPT), str(seed), str(count), str(folder), *loader],
+        [sys.executable, "-m", "tests.fuzz_checkpoints", "0", str(count), str(folder), *loader],
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
+@pytest.mark.slow
 def test_damaged_files_load_or_are_refused(tmp_path):
-    done = fuzz(tmp_path, 0, 2000)
+    done = fuzz(tmp_path, 2000)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, (done.returncode, sorted(tmp_path.iterdir())[-1], done.stderr)
     *faults, summary = lines
@@ -31,17 +33,15 @@ def test_damaged_files_load_or_are_refused(tmp_path):
     assert 20 < summary["loaded"] < 1000  # neither harmless nor hopeless
 
 
-@pytest.mark.parametrize(
-    "loader, words",
-    [("large", "memory"), ("type", "TypeError"), ("lines", "two"), ("path", "somewhere")],
-)
-def test_faults_are_seen(tmp_path, loader, words):
-    done = fuzz(tmp_path, 0, 2, loader)
-    first = json.loads(done.stdout.splitlines()[0])
-    assert words in first["fault"] and (tmp_path / first["file"]).exists()
+@pytest.mark.parametrize("name, words", [("type", "TypeError"), ("lines", "two"), ("path", "some")])
+def test_faults_are_seen(tmp_path, name, words):
+    assert words in fault(LOADERS[name], tmp_path / "x")[0]
 
 
-@pytest.mark.parametrize("loader", ["slow", "crash"])
-def test_what_kills_is_seen(tmp_path, loader):
-    done = fuzz(tmp_path, 0, 2, loader)
-    assert done.returncode < 0 and not done.stdout
+@pytest.mark.slow
+def test_what_takes_all_memory_or_time_or_kills_is_seen(tmp_path):
+    first = json.loads(fuzz(tmp_path, 1, "large").stdout.splitlines()[0])
+    assert "memory" in first["fault"] and (tmp_path / first["file"]).exists()
+    for loader in ("slow", "crash"):
+        done = fuzz(tmp_path, 1, loader)
+        assert done.returncode < 0 and not done.stdout

@@ -93,9 +93,7 @@ def test_stage1_trajectory(golden, clip_pair, source, mapper):
         close(row["domain_source"], expected["source_domain"])
     for name, expected in g["final_mapper"].items():
         i, kind = int(name.split(".")[2]) - 1, name.split(".")[3]
-        start, end = (
-            {"weight": m.weights, "bias": m.biases}[kind][i].detach() for m in (before, mapper)
-        )
+        start, end = (dict(weight=m.weights, bias=m.biases)[kind][i] for m in (before, mapper))
         close(end - start, expected - start, rtol=1e-2, scale=1e-3)
         close(end.norm(), g["final_mapper_norm"][name])
 
@@ -104,18 +102,12 @@ def test_stage2_trajectory(golden, clip_pair, source, target, mapper):
     g = golden["stage2_trajectory"]
     cfg = replace(PUBLISHED, steps=4)
     start = copy.deepcopy(target)
+    direction = ipl.prompt_directions(cfg, clip_pair[0], mapper)
+    drawn = (z for i, step in enumerate(g["steps"]) for z in (g["z"][i], step["layer_z"]))
     average, history = ipl.adapt_generator(
-        cfg,
-        source,
-        [clip_pair],
-        [ipl.prompt_directions(cfg, clip_pair[0], mapper)],
-        rng=rng(),
-        target=target,
-        layers=published_layers(target),
-        draw_z=replay(
-            *(z for i, step in enumerate(g["steps"]) for z in (g["z"][i], step["layer_z"]))
-        ),
-    )
+        cfg, source, [clip_pair], [direction], rng=rng(),
+        target=target, layers=published_layers(target), draw_z=replay(*drawn),
+    )  # fmt: skip
     for row, expected in zip(history, g["steps"], strict=True):
         close(row["loss"], expected["loss"])
         assert set(row["layers"]) == set(expected["chosen_idx"])
@@ -140,21 +132,14 @@ def test_gradients_of_the_first_step(golden, clip_pair, source, target, mapper, 
     """ZSSGAN.forward: the loss and the gradient norms of the layers that were chosen."""
     g = golden["stage2"][f"forward_{method}"]
     cfg = replace(PUBLISHED, steps=1)
-    directions = (
-        ipl.prompt_directions(cfg, clip_pair[0], mapper)
-        if method == "ipl"
-        else ipl.label_direction(cfg, clip_pair[0])
-    )
+    direction = ipl.label_direction(cfg, clip_pair[0])
+    if method == "ipl":
+        direction = ipl.prompt_directions(cfg, clip_pair[0], mapper)
+    draw_z = replay(golden["stage2"]["z"], golden["layer_selection"]["z"])
     _, history = ipl.adapt_generator(
-        cfg,
-        source,
-        [clip_pair],
-        [directions],
-        rng=rng(),
-        target=target,
-        layers=published_layers(target),
-        draw_z=replay(golden["stage2"]["z"], golden["layer_selection"]["z"]),
-    )
+        cfg, source, [clip_pair], [direction], rng=rng(),
+        target=target, layers=published_layers(target), draw_z=draw_z,
+    )  # fmt: skip
     close(history[0]["loss"], g["loss"])
     grads = {name: p.grad for name, p in target.named_parameters() if p.grad is not None}
     assert set(grads) == set(g["trainable_params"])
@@ -232,11 +217,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(source, clip_pair, step, wanted
     assert all(p.isfinite().all() for p in target.parameters())
 
 
-def test_published_loss_is_finite_with_fresh_noise(source, clip_pair):
-    _, _, history = run(replace(QUICK, eps=0.0, noise="fresh"), source, clip_pair)
-    assert history[3]["delta_image_norm"] > 0
-
-
 def test_the_loss_falls_on_fixed_latents(source, clip_pair):
     cfg = replace(QUICK, steps=12, layers="all")
     z = normal(2, source.z_dim)
@@ -255,12 +235,6 @@ def test_only_chosen_layers_change(source, clip_pair):
         assert torch.equal(p, q) != (id(p) in chosen), name
 
 
-def test_default_number_of_layers_is_the_published_formula(source, clip_pair):
-    cfg = replace(QUICK, steps=1, num_layers=None)
-    _, history = of_labels(cfg, source, [clip_pair])
-    assert len(history[0]["layers"]) == int(2 * (2 * 5 - 2) / 3)  # R = 32
-
-
 def test_layer_choice_every_n_steps(source, clip_pair, monkeypatch):
     chosen, select_layers = [], ipl.select_layers
 
@@ -269,10 +243,12 @@ def test_layer_choice_every_n_steps(source, clip_pair, monkeypatch):
         return chosen[-1]
 
     monkeypatch.setattr(ipl, "select_layers", counted)
-    cfg = replace(QUICK, steps=5, layer_every=2, noise="fresh")
+    cfg = replace(QUICK, steps=5, layer_every=2, noise="fresh", num_layers=None, eps=0.0)
     _, history = of_labels(cfg, source, [clip_pair])
     assert len(chosen) == 3  # at steps 0, 2, 4
     assert [row["layers"] for row in history] == [sorted(chosen[i // 2][0]) for i in range(5)]
+    assert len(history[0]["layers"]) == int(2 * (2 * 5 - 2) / 3)  # the published number, R = 32
+    assert history[0]["delta_image_norm"] > 0  # with eps = 0, thanks to fresh noise
 
 
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
@@ -369,22 +345,18 @@ def test_losses_and_gradients_of_several_clips_are_summed(source, clip_pair, oth
 
 
 def test_layer_choice_of_several_clips(source, clip_pair, other_pair, monkeypatch):
-    """The weights are those of one step against the summed loss, not a sum of weights."""
+    """It is made by the weighted sum of the losses of their texts."""
     seen, select_layers = [], ipl.select_layers
 
     def spy(generator, text_loss, w, k, **more):
-        seen.append((w, select_layers(generator, text_loss, w, k, **more)[1]))
+        seen.append((text_loss, generator.synthesis(w)))
         return select_layers(generator, text_loss, w, k, **more)
 
     monkeypatch.setattr(ipl, "select_layers", spy)
-    cfg = replace(QUICK, steps=1, clip_weights=(1.0, 3.0))
-    of_labels(cfg, source, [clip_pair, other_pair])
-    ((w, weights),) = seen
-    w_plus = w[:, None].repeat(1, source.num_ws, 1).requires_grad_()
-    x = source.synthesis(w_plus)
+    of_labels(replace(QUICK, steps=1, clip_weights=(1.0, 3.0)), source, [clip_pair, other_pair])
+    ((text_loss, x),) = seen
     first, second = (towards(pair, "anime")(x) for pair in (clip_pair, other_pair))
-    (grad,) = torch.autograd.grad(first + 3 * second, w_plus)
-    close(weights, (0.01 * grad).abs().mean(dim=(0, 2)))
+    close(text_loss(x).detach(), (first + 3 * second).detach())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -422,14 +394,10 @@ def test_crops_stay_inside():
     assert (shift.abs() <= 1 - scale[:, None] + 1e-6).all() and shift.std() > 0.05
 
 
-def test_whole_window_is_the_image_itself():
-    x = torch.randn(2, 3, 8, 8, generator=rng())
-    whole = torch.eye(2, 3).expand(2, -1, -1)
+def test_a_window_shows_its_part():
+    x, whole = normal(2, 3, 8, 8), torch.eye(2, 3).expand(2, -1, -1)
     torch.testing.assert_close(ipl.crop_images(x, whole), x, rtol=1e-4, atol=1e-5)
     assert ipl.crop_images(x, None) is x
-
-
-def test_a_window_shows_its_part():
     ramp = torch.linspace(-1, 1, 33).expand(1, 3, 33, 33)  # x rises from left to right
     right_half = torch.tensor([[[0.5, 0.0, 0.5], [0.0, 0.5, 0.0]]])
     seen = ipl.crop_images(ramp, right_half)
@@ -453,14 +421,9 @@ def test_sample_grid(source, target):
     cells = grid.unfold(0, R, R).unfold(1, R, R)  # [4, 3, 3, R, R]
     assert (cells[2:, 2] == 255).all()  # the sixth place is empty
     z = ipl.sample_latents(5, source.z_dim, seed=1)
-    w = ipl.truncate(source.mapping(z), source.w_avg, 0.7)
+    w = source.w_avg + 0.7 * (source.mapping(z) - source.w_avg)
+    torch.testing.assert_close(ipl.truncate(source.mapping(z), source.w_avg, 0.7), w)
     for row, generator in ((0, source), (1, target)):
         x = ((generator.synthesis(w) + 1) * 127.5).round().clamp(0, 255)
         assert (cells[row].float() - x[:3]).abs().max() <= 1
         assert (cells[row + 2, :2].float() - x[3:]).abs().max() <= 1
-
-
-def test_truncation(source):
-    w = source.mapping(ipl.sample_latents(3, source.z_dim, seed=0))
-    torch.testing.assert_close(ipl.truncate(w, source.w_avg, 1.0), w)
-    torch.testing.assert_close(ipl.truncate(w, source.w_avg, 0.0), source.w_avg.expand(3, -1))
