@@ -1,6 +1,7 @@
 """A stranger's bytes -> tensors, and tensors -> files: nothing in a file is ever executed."""
 
+from checkpoints.clip import read_clip
 from checkpoints.pickles import CheckpointError
 from checkpoints.stylegan2 import load_generator, save_generator
 
-__all__ = ["CheckpointError", "load_generator", "save_generator"]
+__all__ = ["CheckpointError", "load_generator", "read_clip", "save_generator"]

@@ -12,6 +12,8 @@ from unittest import mock
 import numpy as np
 import torch
 
+from checkpoints.nvidia import _names
+
 _MODULES = {}
 
 
@@ -62,63 +64,35 @@ def module(class_name, parameters=(), buffers=(), modules=(), **attributes):
 
 
 def nvidia_module(generator, **attributes):
-    """What NVIDIA's code would pickle for `generator`; attributes: more of its outermost ones."""
-    state, sizes = generator.state_dict(), list(generator.channels)
-    common = {"conv_clamp": generator.conv_clamp, "w_dim": generator.w_dim}
+    """What NVIDIA's code would pickle for `generator`; attributes: more of its outermost ones.
 
-    def linear(name, activation="linear", gain=1):
-        parameters = {key: state[f"{name}.{key}"] for key in ("weight", "bias")}
-        gains = {"bias_gain": gain, "weight_gain": np.float64(0.5)}
-        return module("FullyConnectedLayer", parameters, activation=activation, **gains)
+    Which of their tensors is which of ours is taken from the reader; the golden files prove that.
+    """
+    sizes, kind, state = list(generator.channels), generator.architecture, generator.state_dict()
+    parts = {"": {}, "synthesis": {}, "mapping": {"w_avg": generator.w_avg}}
+    parts |= {f"synthesis.b{size}": {} for size in sizes}
+    for ours, theirs in _names(sizes, generator.n_mlp, generator.c_dim, kind).items():
+        path, _, leaf = theirs.rpartition(".")
+        tensor = state[ours] / 4 if leaf == "resample_filter" else state[ours]
+        if theirs.endswith("torgb.bias"):
+            tensor = tensor.flatten()
+        elif leaf in ("const", "noise_const", "noise_strength") or ours.endswith(".conv.weight"):
+            tensor = tensor[0, 0] if leaf == "noise_const" else tensor[0]
+        parts.setdefault(path, {})[leaf] = tensor
+    halves = [f"b{size}" for size in sizes[1:][len(sizes) - 1 - generator.num_fp16_res :]]
 
-    def kernel(name=None):
-        filter_ = state["convs.0.conv.blur.kernel"] if name is None else state[name]
-        return {"resample_filter": filter_ / 4}
+    def build(path, **attributes):
+        name, buffers = path.rpartition(".")[2], ("resample_filter", "noise_const", "w_avg")
+        given = {"activation": "lrelu" if name.startswith(("fc", "conv")) else "linear"}
+        given |= {"bias_gain": 0.01 if name.startswith("fc") else 1, "weight_gain": np.float64(0.5)}
+        given |= {"conv_clamp": generator.conv_clamp, "architecture": kind, "use_noise": True}
+        tensors = [{k: x for k, x in parts[path].items() if (k in buffers) == b} for b in (0, 1)]
+        children = [x for x in parts if x and x.rpartition(".")[0] == path]
+        modules = {x.rpartition(".")[2]: build(x) for x in children}
+        return module("Layer", *tensors, modules, **given, use_fp16=name in halves, **attributes)
 
-    def conv(name, index):
-        parameters = {
-            "weight": state[f"{name}.conv.weight"][0],
-            "noise_strength": state[f"{name}.noise.weight"][0],
-            "bias": state[f"{name}.activate.bias"],
-        }
-        buffers = kernel() | {"noise_const": state[f"noises.noise_{index}"][0, 0]}
-        affine = {"affine": linear(f"{name}.conv.modulation")}
-        given = {"activation": "lrelu", "use_noise": True, "act_gain": np.float64(2**0.5)}
-        return module("SynthesisLayer", parameters, buffers, affine, **given, **common)
-
-    def to_rgb(name):
-        weight, bias = state[f"{name}.conv.weight"][0], state[f"{name}.bias"].flatten()
-        affine = {"affine": linear(f"{name}.conv.modulation")}
-        return module("ToRGBLayer", {"weight": weight, "bias": bias}, {}, affine, **common)
-
-    def block(k, size):
-        if k == 0:
-            parameters, modules = {"const": state["input.input"][0]}, {"conv1": conv("conv1", 0)}
-        else:
-            parameters, i = {}, 2 * k - 2
-            modules = {"conv0": conv(f"convs.{i}", i + 1), "conv1": conv(f"convs.{i + 1}", i + 2)}
-        if generator.architecture == "skip":
-            modules["torgb"] = to_rgb(f"to_rgbs.{k - 1}" if k else "to_rgb1")
-        elif size == sizes[-1]:
-            modules["torgb"] = to_rgb("to_rgbs.0")
-        if generator.architecture == "resnet" and k:
-            skip = {"weight": state[f"skips.{k - 1}.weight"], "bias": None}
-            modules["skip"] = module("Conv2dLayer", skip, kernel(f"skips.{k - 1}.blur.kernel"))
-        use_fp16 = k > 0 and k >= len(sizes) - generator.num_fp16_res
-        attributes = {"architecture": generator.architecture, "use_fp16": use_fp16}
-        return module("SynthesisBlock", parameters, kernel(), modules, **attributes)
-
-    blocks = {f"b{size}": block(k, size) for k, size in enumerate(sizes)}
-    layers = {f"fc{i}": linear(f"style.{i + 1}", "lrelu", 0.01) for i in range(generator.n_mlp)}
-    if generator.c_dim:
-        layers["embed"] = linear("embed")
-    parts = {
-        "synthesis": module("SynthesisNetwork", {}, {}, blocks),
-        "mapping": module("MappingNetwork", {}, {"w_avg": generator.w_avg}, layers),
-    }
-    given = {"z_dim": generator.z_dim, "c_dim": generator.c_dim, "w_dim": generator.w_dim}
-    given |= {"img_resolution": generator.resolution, "img_channels": 3, **attributes}
-    return module("Generator", {}, {}, parts, **given)
+    given = {"z_dim": generator.z_dim, "c_dim": generator.c_dim, "img_channels": 3, **attributes}
+    return build("", **given)
 
 
 def nvidia_pickle(generator, protocol=4, **attributes):

@@ -1,18 +1,23 @@
 """The restricted reader: nothing is run, and no file makes it slow, large or crash."""
 
 import io
+import os
+import pickle
 import struct
+import tempfile
 import time
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDEN, assert_same, refusal
 
-from checkpoints import load_generator
+from checkpoints import CheckpointError, load_generator
 from checkpoints.clip import read_clip
 from checkpoints.pickles import MAX_OPERATIONS
+from checkpoints.stylegan2 import read_checkpoint
 from stylegan2_ops import Generator
 from tests.nvidia_pickles import Call, dumps, module, nvidia_module, torch_save
 
@@ -144,6 +149,51 @@ def test_abuse(refused, name):
 
 
 # ----------------------------------------------------------------------------------------------
+# Programs
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.fixture
+def hostile(checkpoint):
+    """{name: bytes}: two golden files, and a program at any place of a checkpoint."""
+    names = ("nvidia_hostile", "nvidia_hostile_nested")
+    files = {f"golden {name}": (GOLDEN / f"{name}.pkl").read_bytes() for name in names}
+    contents = {"alone": Payload(), "in a list": [Payload()]}
+    for key in ("g_ema", "G_ema", "latent_avg", "generator_config", "args", "state_dict"):
+        contents[key] = {**checkpoint, key: Payload()}
+    contents["weight"] = {"g_ema": {**checkpoint["g_ema"], "style.1.bias": Payload()}}
+    for name, content in contents.items():
+        files |= {name: torch_save(content), f"{name}, old": torch_save(content, new=False)}
+        files[f"{name}, pickle"] = dumps(content, 4)
+    return files
+
+
+@pytest.mark.filterwarnings("ignore:.*left unread", "ignore:.*ignored")
+@pytest.mark.parametrize("door", [load_generator, read_checkpoint, read_clip])
+def test_no_program_is_run(tmp_path, monkeypatch, hostile, door):
+    monkeypatch.chdir(tmp_path)
+    marker = Path(tempfile.gettempdir()) / "pwned_by_pickle"  # of the golden files
+    marker.unlink(missing_ok=True)
+    loaded = set()
+    for name, data in hostile.items():
+        Path("network.pkl").write_bytes(data)
+        try:
+            door("network.pkl")
+            loaded.add(name.split(",")[0])
+        except CheckpointError as error:
+            if name.startswith("golden") and door is not read_clip:
+                assert "the name 'posix.system' is not allowed" in str(error)
+    assert loaded == (set() if door is read_clip else {"G_ema", "args", "state_dict"})
+    assert os.listdir() == ["network.pkl"] and not marker.exists()
+    pickle.loads(hostile["alone, pickle"])
+    assert Path("pwned").exists()  # so the test can fail
+
+
+# ----------------------------------------------------------------------------------------------
 # Names
 
 NAMES = """os:system posix:system torch:load torch:FloatStorage.__class__ builtins:eval
@@ -163,19 +213,14 @@ def test_no_name_is_looked_up(refused, name, load):
         b"\x80\x03" + nested(call(module, function)) + b".",
     ):
         assert wanted in refused(value, (load, load))
-    for key in ("G_ema", "g_ema", "state_dict"):
-        assert refused(item(text(key), call(module, function)) + b".", (load, load))
 
 
-def test_a_nested_file_may_name_storages_only(refused):
-    """Not even what the outer file may name."""
+def test_names_elsewhere(refused):
+    """A nested file may name storages only; and no name can write to the terminal."""
     data = nested(call("collections", "OrderedDict"))
     assert "'collections.OrderedDict' is not allowed" in refused(b"\x80\x03" + data + b".")
-
-
-def test_names_cannot_write_to_the_terminal(refused):
-    refused(call("\x1b[2J\u202e", "x" * 150) + b".")
-    refused(item(text("g_ema"), call("\x1b[2J\u202e", "x" * 150)) + b".")
+    escape = call("\x1b[2J\u202e", "x" * 150)
+    assert refused(escape + b".") and refused(item(text("g_ema"), escape) + b".")
 
 
 def test_one_nested_file_many_times(refused):
@@ -244,27 +289,27 @@ def test_a_storage_that_claims_more_than_its_bytes(refused, marked):
     assert "92 bytes where 96 are declared" in message
 
 
-@pytest.mark.parametrize(
-    "shape, message",
-    [
-        (b"K\1K\x18\x85K\1\x85", "more elements than the file has"),  # offset 1
-        (b"K\0K\x18\x85K\2\x85", "more elements than the file has"),  # stride 2
-        (b"K\0K\x19\x85K\0\x85", "more elements than the file has"),  # 25 times the first
-        (b"K\0J\xff\xff\xff\xff\x85K\1\x85", "not a shape"),  # size -1
-        (b"J\xff\xff\xff\xffK\x18\x85K\1\x85", "not a shape"),  # offset -1
-        (b"K\0K\x18\x85J\xff\xff\xff\xff\x85", "not a shape"),  # stride -1
-        (b"K\0\x8a\x20" + b"\x7f" * 32 + b"\x85K\1\x85", "not a shape"),
-        (b"K\0(" + b"\x8a\x05\0\0\0\0\1" * 8 + b"t(" + b"K\0" * 8 + b"t", "more elements"),
-        (b"K\0(" + b"K\1" * 9 + b"t(" + b"K\1" * 9 + b"t", "not a shape"),
-        (b"K\0K\x18\x85K\1K\1\x86", "damaged, or more than plain tensors (ValueError)"),
-    ],
-)
-def test_a_view_beyond_its_storage(refused, marked, shape, message):
+SHAPES = [  # offset, size and stride
+    (b"K\1K\x18\x85K\1\x85", "more elements than the file has"),  # offset 1
+    (b"K\0K\x18\x85K\2\x85", "more elements than the file has"),  # stride 2
+    (b"K\0K\x19\x85K\0\x85", "more elements than the file has"),  # 25 times the first
+    (b"K\0J\xff\xff\xff\xff\x85K\1\x85", "not a shape"),  # size -1
+    (b"J\xff\xff\xff\xffK\x18\x85K\1\x85", "not a shape"),  # offset -1
+    (b"K\0K\x18\x85J\xff\xff\xff\xff\x85", "not a shape"),  # stride -1
+    (b"K\0\x8a\x20" + b"\x7f" * 32 + b"\x85K\1\x85", "not a shape"),
+    (b"K\0(" + b"\x8a\x05\0\0\0\0\1" * 8 + b"t(" + b"K\0" * 8 + b"t", "more elements"),
+    (b"K\0(" + b"K\1" * 9 + b"t(" + b"K\1" * 9 + b"t", "not a shape"),
+    (b"K\0K\x18\x85K\1K\1\x86", "damaged, or more than plain tensors (ValueError)"),
+]
+
+
+def test_a_view_beyond_its_storage(refused, marked):
     files, _, start = marked
     data = files["data.pkl"]
-    start = data.index(b"Q", start) + 1  # BINPERSID; then the offset, size and stride
+    start = data.index(b"Q", start) + 1  # BINPERSID
     end = data.index(b"\x89h", start)  # requires_grad=False, then the OrderedDict of hooks
-    assert message in refused(zipped({**files, "data.pkl": data[:start] + shape + data[end:]}))
+    for shape, message in SHAPES:
+        assert message in refused(zipped({**files, "data.pkl": data[:start] + shape + data[end:]}))
 
 
 def test_tensors_that_share_bytes_or_are_compressed_do_not_multiply_them(refused):
