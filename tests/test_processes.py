@@ -4,7 +4,6 @@ import copy
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,13 @@ from torch.nn.utils import get_total_norm
 
 sys.path[:0] = [str(Path(__file__).parents[1])]  # torchrun knows no pytest
 
-from command import NADA, SHORT, WORLD, done, history_of, start  # noqa: E402
+from command import NADA, SHORT, WORLD, done, history_of, start, until_saved  # noqa: E402
 
 import ipl  # noqa: E402
 from checkpoints import load_generator  # noqa: E402
 from cli import processes  # noqa: E402
 
+pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
@@ -63,7 +63,6 @@ if __name__ == "__main__":
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:stage 1 learned", "ignore:after 1 steps")
 def test_two_processes_are_one_of_twice_the_batch(tmp_path):
     job = torchrun(2, tmp_path, script="tests/test_processes.py")
@@ -89,7 +88,6 @@ def test_two_processes_are_one_of_twice_the_batch(tmp_path):
 # The command line
 
 
-@pytest.mark.slow
 def test_several_processes_make_one_run(tmp_path):
     job = torchrun(2, *WORLD, *SHORT, "--out", tmp_path / "two")
     out, err = job.communicate()
@@ -99,7 +97,6 @@ def test_several_processes_make_one_run(tmp_path):
     assert [row["step"] for row in history_of(tmp_path / "two")] == [0, 1, 0, 1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, line",
     [
@@ -116,7 +113,6 @@ def test_what_all_processes_refuse_is_said_once(tmp_path, words, line):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.slow
 def test_targets_are_spread_over_processes(tmp_path):
     words = [*WORLD, *NADA, "--seed", "3"]
     words += ["--target", "anime", "--target", "sketch", "--target", "a  zombie"]
@@ -144,13 +140,6 @@ def workers(job):
     return found
 
 
-def until_saved(job, out):
-    while not (out / "checkpoint.pt").exists():
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.01)
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_ends_the_job_which_resumes(tmp_path, rank):
@@ -172,7 +161,6 @@ def test_a_process_that_dies_ends_the_job_which_resumes(tmp_path, rank):
     assert steps == [(1, 0), (1, 1), *((2, i) for i in range(60))]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_to_torchrun_save_the_run(tmp_path, number):
     out = tmp_path / "run"
