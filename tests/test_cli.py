@@ -9,12 +9,10 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -82,11 +80,7 @@ def test_main_job_in_a_process(finished):
     assert after.endswith("python ipl.py sample --run runs/photo-to-anime --n 16 --out grid.png")
 
 
-def test_networks_open_and_a_second_run_is_not_told_what_to_do_next(tiny):
-    source, adapted = load_generator(WORLD[1]), load_generator(tiny / "generator.pt")
-    pairs = zip(source.parameters(), adapted.parameters(), strict=True)
-    assert any(not torch.equal(p, q) for p, q in pairs)
-    ipl.LatentMapper(32, 4, 64).load_state_dict(load_file(tiny / "mapper.safetensors"))
+def test_a_second_run_is_not_told_what_to_do_next(tiny):
     out = done(*WORLD, *NADA, "--out", tiny.parent / "second")
     assert "samples.png" in out and "ipl.py sample" not in out and "judge" not in out
     assert names(tiny.parent / "second") == WITHOUT_MAPPER
@@ -133,11 +127,12 @@ def test_paths(tmp_path, monkeypatch):
 
 
 def test_a_pickle_of_nvidia_through_both_stages(tmp_path):
-    done("--generator", GOLDEN / "nvidia_tiny.pkl", *WORLD[2:], *SHORT, "--out", tmp_path / "run")
-    assert [row["stage"] for row in history_of(tmp_path / "run")] == [1, 1, 2, 2]
-    saved = torch.load(tmp_path / "run" / "generator.pt", weights_only=True)
-    golden = torch.load(GOLDEN / "nvidia_tiny_as_rosinality.pt", weights_only=True)
-    assert saved["g_ema"].keys() == golden["g_ema"].keys()
+    out, source = tmp_path / "run", GOLDEN / "nvidia_tiny.pkl"
+    done("--generator", source, *WORLD[2:], *SHORT, "--out", out)
+    source, adapted = load_generator(source), load_generator(out / "generator.pt")
+    pairs = zip(source.parameters(), adapted.parameters(), strict=True)
+    assert any(not torch.equal(p, q) for p, q in pairs)
+    ipl.LatentMapper(32, 4, 64).load_state_dict(load_file(out / "mapper.safetensors"))
 
 
 def test_a_conditional_generator_draws_the_class_that_is_asked_for(tmp_path):
@@ -157,17 +152,14 @@ def test_a_conditional_generator_draws_the_class_that_is_asked_for(tmp_path):
 
 def test_several_clips(tmp_path):
     other = torch.load(WORLD[3], weights_only=True)
-    other["visual.proj"] = -other["visual.proj"]
-    torch.save(other, tmp_path / "other.pt")
+    torch.save(other | {"visual.proj": -other["visual.proj"]}, tmp_path / "other.pt")
     out, clips = tmp_path / "run", [WORLD[3], str(tmp_path / "other.pt")]
     done(*WORLD[:2], *SHORT, "--clip", *clips, "--clip-weights", "1", "0.5", "--out", out)
     found = [(row["stage"], row["step"], row.get("clip")) for row in history_of(out)]
     assert found == [(1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1), (2, 0, None), (2, 1, None)]
     assert json.loads((out / "config.json").read_text())["clip"] == clips
-    saved = load_file(out / "mapper.safetensors")
-    for i in "01":
-        state = {name[2:]: x for name, x in saved.items() if name.startswith(f"{i}.")}
-        ipl.LatentMapper(32, 4, 64).load_state_dict(state)
+    mappers = torch.nn.ModuleList([ipl.LatentMapper(32, 4, 64), ipl.LatentMapper(32, 4, 64)])
+    mappers.load_state_dict(load_file(out / "mapper.safetensors"))
 
 
 def test_a_target_that_fails_does_not_keep_the_others_from_being_made(tmp_path):
@@ -195,21 +187,6 @@ def test_convert_and_inspect(tmp_path):
         assert a.config == b.config and torch.equal(a.w_avg, b.w_avg)
         assert all(torch.equal(x, b.state_dict()[key]) for key, x in a.state_dict().items())
     assert names(tmp_path) == {"copy.pt", "copy.safetensors"}
-
-
-@pytest.mark.parametrize("name", ["nvidia_hostile", "nvidia_hostile_nested"])
-def test_hostile_files_run_nothing_whatever_the_command(tmp_path, name):
-    path, marker = GOLDEN / f"{name}.pkl", Path(tempfile.gettempdir()) / "pwned_by_pickle"
-    marker.unlink(missing_ok=True)
-    for words in (
-        ["--generator", path, *WORLD[2:], *SHORT, "--out", tmp_path / "run"],
-        ["--clip", path, *WORLD[:2], *SHORT, "--out", tmp_path / "run"],
-        ["inspect", path],
-        ["convert", path, tmp_path / "copy.pt"],
-    ):
-        code, _, err = answer(*words)
-        assert code == 2 and str(path) in err
-    assert not marker.exists() and not names(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """A run that is stopped goes on to the same bits. (tests/soak.py does it at random moments.)"""
 
-import json
 import os
 import shutil
 import signal
@@ -47,11 +46,10 @@ def killed(n, out, *args):
     def counted(stage, total, state, done=0):
         nonlocal n
         for step in range(done, total):
-            yield step if n else kill()
+            if n == 0:
+                raise Killed
             n -= 1
-
-    def kill():
-        raise Killed
+            yield step
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ipl, "progress", counted)
@@ -71,8 +69,6 @@ def test_every_step(whole, tmp_path, step):
     assert (out / "checkpoint.pt").exists() == (step >= 2)
     train(out, "--resume")
     same(out, whole)
-    config, expected = (json.loads((x / "config.json").read_text()) for x in (out, whole))
-    assert config | {"out": None} == expected | {"out": None}
 
 
 @pytest.mark.parametrize(
@@ -87,8 +83,7 @@ def test_every_step(whole, tmp_path, step):
 )
 def test_kinds_of_runs_stopped_again_and_again(tmp_path, args):
     other = torch.load(WORLD[3], weights_only=True)
-    other["visual.proj"] = -other["visual.proj"]
-    torch.save(other, tmp_path / "other.pt")
+    torch.save(other | {"visual.proj": -other["visual.proj"]}, tmp_path / "other.pt")
     args = [word.format(other=tmp_path / "other.pt") for word in args]
     train(tmp_path / "whole", *args)
     for step in (3, 2):
@@ -251,21 +246,19 @@ def test_the_state_before_the_step_is_kept(whole, tmp_path, monkeypatch, name, s
     same(tmp_path / "run", whole)
 
 
-def test_weights_that_are_not_finite_are_never_written(tmp_path):
-    code, _, err = answer(*WORLD, *SHORT, "--out", tmp_path / "run", "--lr-mapper", "1e30")
-    assert code == 1 and "with --overwrite, or another --out" in err.splitlines()[-1]
-    assert not (tmp_path / "run" / "generator.pt").exists()
-    for loop in loops_of(tmp_path / "run").values():
-        assert all(x.isfinite().all() for x in keeper.tensors(loop["state"]))
-
-
-def test_a_run_that_diverges_spoils_no_finished_one(whole, tmp_path):
+@pytest.mark.parametrize(
+    "args",
+    ["--lr-mapper 1e30", "--lr 1e20 --method nada --noise fixed --eps 0.1 --layers all"],
+    ids=["stage 1", "stage 2"],
+)
+def test_a_run_that_diverges_keeps_what_is_finite_and_the_run_before(whole, tmp_path, args):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    args = "--lr 1e20 --method nada --noise fixed --eps 0.1 --layers all --steps 5".split()
-    code, _, err = answer(*WORLD, *SHORT, *args, "--out", out, "--overwrite")
-    assert code == 1 and "stage 2, step 1: " in err
+    code, _, err = answer(*WORLD, *SHORT, *args.split(), "--out", out, "--overwrite")
+    assert code == 1 and "with --overwrite, or another --out" in err.splitlines()[-1]
     same(out, whole)
+    for loop in loops_of(out).values():
+        assert all(x.isfinite().all() for x in keeper.tensors(loop["state"]))
 
 
 @pytest.mark.parametrize(
