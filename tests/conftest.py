@@ -1,6 +1,7 @@
 """What several test files share: the golden numbers, and the small networks they are of."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import ipl
 from checkpoints import CheckpointError, load_generator
 
 GOLDEN = Path(__file__).parent / "golden"
+PUBLISHED = ipl.Config(noise="fixed", num_layers=4, batch_mapper=4, batch=2)
+QUICK = replace(PUBLISHED, steps_mapper=3, steps=3, ema=0.5, eps=0.1, layer_batch=2, crop=0.2)
 
 
 def close(actual, expected, rtol=1e-4, scale=1e-5):
@@ -47,17 +50,21 @@ def source():
 def target(source, golden):
     """A target generator some steps on, as in the golden run."""
     target = copy.deepcopy(source)
-    _, unexpected = target.load_state_dict(golden["trainable_state_params"], strict=False)
-    assert not unexpected
+    assert not target.load_state_dict(golden["trainable_state_params"], strict=False)[1]
     return target
+
+
+def golden_parameter(mapper, name):
+    """The parameter with a name such as mapping.mapping.1.weight."""
+    _, _, i, kind = name.split(".")
+    return {"weight": mapper.weights, "bias": mapper.biases}[kind][int(i) - 1]
 
 
 @pytest.fixture
 def mapper(golden):
     mapper = ipl.LatentMapper(32, 4, 64)
-    for i in range(4):
-        mapper.weights[i].data.copy_(golden["mapper_state"][f"mapping.mapping.{i + 1}.weight"])
-        mapper.biases[i].data.copy_(golden["mapper_state"][f"mapping.mapping.{i + 1}.bias"])
+    for name, x in golden["mapper_state"].items():
+        golden_parameter(mapper, name).data.copy_(x)
     return mapper
 
 

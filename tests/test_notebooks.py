@@ -49,78 +49,68 @@ def shown_text(output):
     return "\n".join([output.get("text", ""), *(x for x in data if "\n" in x or len(x) < 1000)])
 
 
-def trees(notebook):
-    return [ast.parse(cell.source) for cell in codes(notebook)]
-
-
 def links(notebook):
     texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     return re.findall(r"\]\(([^)\s]+)\)", "\n".join(texts))
 
 
-def test_are_numbered_from_one_without_gaps():
+def test_are_numbered_from_one_without_gaps_and_named_in_the_index():
     assert [path.name[:3] for path in PATHS] == [f"{i:02}_" for i in range(1, len(PATHS) + 1)]
+    index = (FOLDER / "README.md").read_text()
     assert PATHS
+    assert re.findall(r"\]\((\d\d_\w+\.ipynb)\)", index) == [path.name for path in PATHS]
 
 
-def test_is_valid(notebook):
+def test_has_a_clean_form(path, notebook):
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    text = path.read_text()
+    assert path.stat().st_size <= 400_000
+    # as nbconvert writes it, which else would touch every line
+    assert text == json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n"
+    assert notebook.metadata.keys() == {"kernelspec", "language_info"}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    assert {**kernel, **notebook.metadata.kernelspec} == kernel
+    assert notebook.metadata.language_info == {"name": "python"}
+    for cell in notebook.cells:
+        assert cell.metadata.keys() <= {"tags"} and set(tags(cell)) <= {SKIP, IGNORE}
 
 
 def test_was_run_from_top_to_bottom(notebook):
     counts = [cell.execution_count for cell in codes(notebook)]
     assert counts == list(range(1, len(counts) + 1))
-
-
-def test_has_no_output_where_nothing_was_run(notebook):
     for cell in notebook.cells:
         if SKIP in tags(cell):
             assert cell.execution_count is None and not cell.outputs
 
 
-def test_shows_pictures_as_png_alone(notebook):
+def test_shows_pictures_and_text_and_nothing_of_the_machine(notebook):
     kinds = [output.data.keys() for output in outputs(notebook) if "data" in output]
     assert any("image/png" in kind for kind in kinds)
     assert set().union(*kinds) <= {"image/png", "text/plain"}
-
-
-def test_ends_cells_with_pictures_by_showing_them(notebook):
-    for output in outputs(notebook):  # a value at the end of a cell would show itself
-        assert output.output_type in ("stream", "display_data")
-
-
-def test_has_no_warning_or_error(notebook):
-    for output in outputs(notebook):
-        assert output.output_type != "error" and output.get("name") != "stderr"
-
-
-def test_shows_nothing_of_the_machine(notebook):
-    for output in outputs(notebook):
+    for output in outputs(notebook):  # no error or warning; no value at the end of a cell
+        assert output.output_type in ("stream", "display_data") and not output.get("metadata")
+        assert output.get("name") != "stderr"
         text = shown_text(output)
         assert not re.search(r"\b0x[0-9a-f]{6,}", text)  # an address
         assert not re.search(r"(^|[\s'\"=(])/\w+/", text), text  # an absolute path
         assert not re.search(r"\bcuda:\d|\d\d:\d\d:\d\d", text), text
 
 
-def test_has_clean_metadata(notebook):
-    assert notebook.metadata.keys() == {"kernelspec", "language_info"}
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    assert {**kernel, **notebook.metadata.kernelspec} == kernel
-    assert notebook.metadata.language_info == {"name": "python"}
-    for cell in notebook.cells:
-        assert cell.metadata.keys() <= {"tags"}
-        assert set(tags(cell)) <= {SKIP, IGNORE}
-        assert not any(output.get("metadata") for output in cell.get("outputs", []))
-
-
-def test_begins_with_title_and_setup(path, notebook):
+def test_begins_with_title_and_setup_and_leads_on(path, notebook):
     title, place, setup = notebook.cells[:3]
-    assert title.source.startswith(f"# {int(path.name[:2])} · ")
+    number, last = PATHS.index(path), notebook.cells[-1]
+    assert title.source.startswith(f"# {number + 1} · ")
     assert place.source == nbformat.read(PATHS[0], as_version=4).cells[1].source
     lines = setup.source.splitlines()
     assert {"import ipl", "import miniature"} & {*lines} and "import plots" in lines
     assert "rng = torch.Generator().manual_seed(0)" in lines[-2:]
+    name = PATHS[number + 1].name if number + 1 < len(PATHS) else "../README.md"
+    assert last.cell_type == "markdown" and f"({name})" in last.source.strip().splitlines()[-1]
+    assert "## Conclusion" in last.source
+    assert any("## Change one number" in cell.source for cell in notebook.cells[-4:])
+    local = [link for link in links(notebook) if not re.match(r"https?://|#", link)]
+    assert local and all((FOLDER / link.partition("#")[0]).exists() for link in local), local
 
 
 def run_setups(folder, repository=""):
@@ -152,8 +142,12 @@ def exercise(notebook):
     return code.replace(old, new)
 
 
-def test_has_an_exercise_that_can_be_done(notebook):
-    ast.parse(exercise(notebook))
+def test_asserts_what_it_says_and_copies_no_function_of_ipl(notebook):
+    ast.parse(exercise(notebook))  # it can be done
+    nodes = [x for cell in codes(notebook) for x in ast.walk(ast.parse(cell.source))]
+    assert sum(isinstance(x, ast.Assert) for x in nodes) >= 3
+    defined = {x.name for x in nodes if isinstance(x, ast.FunctionDef | ast.ClassDef)}
+    assert not defined & vars(ipl).keys()
 
 
 @pytest.mark.slow
@@ -162,45 +156,3 @@ def test_holds_what_it_asserts_after_its_exercise(notebook, monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     with warnings.catch_warnings(action="ignore"):  # such as that ema=0.99 needs more steps
         exec(compile(exercise(notebook), "notebook", "exec"), {})
-
-
-def test_asserts_what_it_says(notebook):
-    asserts = [x for tree in trees(notebook) for x in ast.walk(tree) if isinstance(x, ast.Assert)]
-    assert len(asserts) >= 3
-
-
-def test_copies_no_function_of_ipl(notebook):
-    kinds = ast.FunctionDef | ast.ClassDef
-    defined = {x.name for tree in trees(notebook) for x in ast.walk(tree) if isinstance(x, kinds)}
-    assert not defined & vars(ipl).keys()
-
-
-def test_leads_on(path, notebook):
-    last = notebook.cells[-1]
-    number = PATHS.index(path)
-    name = PATHS[number + 1].name if number + 1 < len(PATHS) else "../README.md"
-    assert last.cell_type == "markdown" and f"({name})" in last.source.strip().splitlines()[-1]
-    assert "## Conclusion" in last.source
-    assert any("## Change one number" in cell.source for cell in notebook.cells[-4:])
-
-
-def test_links_to_what_is_there(notebook):
-    local = [link for link in links(notebook) if not re.match(r"https?://|#", link)]
-    assert local
-    for link in local:
-        assert (FOLDER / link.partition("#")[0]).exists(), link
-
-
-def test_is_small(path):
-    assert path.stat().st_size <= 400_000
-
-
-def test_index_names_every_notebook():
-    index = (FOLDER / "README.md").read_text()
-    assert re.findall(r"\]\((\d\d_\w+\.ipynb)\)", index) == [path.name for path in PATHS]
-
-
-def test_is_in_the_form_that_tools_write(path):
-    # Else the next run of nbconvert would touch every line.
-    text = path.read_text()
-    assert text == json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n"

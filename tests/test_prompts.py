@@ -6,7 +6,7 @@ import clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, close, rng
+from conftest import GOLDEN, close, normal, rng
 
 import ipl
 
@@ -18,44 +18,32 @@ def clip_model(clip_pair):
     return clip_pair[0]
 
 
-def test_scale_of_w_does_not_matter(golden, mapper):
-    w = golden["stage1"]["w"]
-    torch.testing.assert_close(mapper(7 * w), mapper(w), rtol=1e-4, atol=1e-5)
-
-
 def test_initialisation():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
     first, again, other = (ipl.LatentMapper(64, 4, 32, rng(seed)) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
     for a, b, c in zip(first.weights, again.weights, other.weights, strict=True):
         assert torch.equal(a, b) and not torch.equal(a, c)
         assert abs(float(a.detach().std()) * first.lr_mul - 1) < 0.1
     assert all(not bias.any() for bias in first.biases)
 
 
-def test_initialisation_leaves_the_global_seed_alone():
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    ipl.LatentMapper(8, 4, 8, rng())
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_construct_prompts(golden, clip_model):
-    g = golden["prompt"]
-    ctx = golden["stage1"]["prompts"]
-    for name in ("source", "target"):
-        prompts = ipl.construct_prompts(clip_model, ctx, golden["config"][f"{name}_class"])
-        B, L, _ = prompts.shape
-        published = torch.cat(
-            [g[f"{name}_prefix"].expand(B, -1, -1), ctx, g[f"{name}_suffix"].expand(B, -1, -1)], 1
-        )
-        assert L == 1 + 4 + 1 + 1  # one token for the label
-        assert torch.equal(prompts, published[:, :L])
+@pytest.mark.parametrize("name", ["source", "target"])
+def test_construct_prompts(golden, clip_model, name):
+    g, ctx = golden["prompt"], golden["stage1"]["prompts"]
+    prompts = ipl.construct_prompts(clip_model, ctx, golden["config"][f"{name}_class"])
+    B, L, _ = prompts.shape
+    prefix, suffix = (g[f"{name}_{part}"].expand(B, -1, -1) for part in ("prefix", "suffix"))
+    assert L == 1 + 4 + 1 + 1  # one token for the label
+    assert torch.equal(prompts, torch.cat([prefix, ctx, suffix], 1)[:, :L])
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_golden_prompt_features(golden, clip_model, mapper, stage):
     g = golden[stage]
     ctx = mapper(g["w"])
+    torch.testing.assert_close(mapper(7 * g["w"]), ctx, rtol=1e-4, atol=1e-5)  # of any scale
     if stage == "stage1":
         close(ctx, g["prompts"])
         close(ctx.flatten(1), g["mapper_out"])
@@ -75,21 +63,15 @@ def test_a_prompt_of_words_equals_encode_text(clip_model, label):
 
 
 def test_padding_changes_nothing(golden, clip_model):
-    ctx = golden["stage1"]["prompts"]
+    """And the prompt has a gradient, CLIP none."""
+    ctx = golden["stage1"]["prompts"].clone().requires_grad_()
     prompts = ipl.construct_prompts(clip_model, ctx, "anime")
     B, L, _ = prompts.shape
+    padded = torch.cat([prompts, normal(B, 9, 64)], dim=1)
     eot = torch.full((B,), L - 1)
-    junk = torch.randn(B, 9, 64, generator=torch.Generator().manual_seed(0))
-    padded = torch.cat([prompts, junk], dim=1)
-    close(
-        ipl.encode_embeddings(clip_model, padded, eot),
-        ipl.encode_embeddings(clip_model, prompts, eot),
-    )
-
-
-def test_the_prompt_has_a_gradient_and_clip_has_none(golden, clip_model):
-    ctx = golden["stage1"]["prompts"].clone().requires_grad_()
-    ipl.encode_prompts(clip_model, ctx, "anime").sum().backward()
+    features, same = (ipl.encode_embeddings(clip_model, x, eot) for x in (prompts, padded))
+    close(same, features)
+    features.sum().backward()
     assert ctx.grad.abs().sum() > 0
     assert all(p.grad is None for p in clip_model.parameters())
 
@@ -115,16 +97,13 @@ def test_label_features(golden, clip_model):
 
 
 def test_residual_features(golden, clip_model):
-    stage1 = [golden["stage1"][f"init_{name}_features"][0] for name in ("source", "target")]
-    stage2 = golden["stage2"]["residual_as_run"]["features"][0]
-    published, label, none = (
-        ipl.Config(residual=residual) for residual in ("published", "label", "none")
-    )
-    close(ipl.residual_features(published, clip_model, stage=1), torch.stack(stage1))
-    close(ipl.residual_features(published, clip_model, stage=2), torch.stack([stage2, stage2]))
-    for stage in (1, 2):
-        close(ipl.residual_features(label, clip_model, stage), torch.stack(stage1))
-        assert not ipl.residual_features(none, clip_model, stage).any()
+    labels = torch.cat([golden["stage1"][f"init_{x}_features"] for x in ("source", "target")])
+    shared = golden["stage2"]["residual_as_run"]["features"][:1].expand(2, -1)
+    for stage, published in ((1, labels), (2, shared)):
+        for residual, expected in (("published", published), ("label", labels), ("none", 0)):
+            cfg = ipl.Config(residual=residual)
+            features = ipl.residual_features(cfg, clip_model, stage)
+            close(features, torch.as_tensor(expected).expand_as(features))
 
 
 def test_a_label_that_was_never_read(clip_model):
