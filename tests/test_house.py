@@ -66,15 +66,13 @@ def test_no_arrow_runs_up_and_none_in_a_circle(room):
 
 
 def test_weight():
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split("\0")
+    command = ["git", "ls-files", "-z"]
+    tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
     sizes = {name: (ROOT / name).stat().st_size for name in tracked if (ROOT / name).is_file()}
     if not sizes:
         pytest.skip("no git repository: there is no list of tracked files")
-    heavy = {name: size for name, size in sizes.items() if size > 5 << 20}
-    assert not heavy
+    for name, size in sizes.items():
+        limit = 200 << 10 if name.startswith("docs/") and name.endswith(".png") else 5 << 20
+        assert size <= limit, name
     weights = sum(size for name, size in sizes.items() if name.startswith("miniature/weights"))
     assert weights <= 16 << 20
-    pictures = {n: s for n, s in sizes.items() if n.startswith("docs/") and n.endswith(".png")}
-    assert not {name: size for name, size in pictures.items() if size > 200 << 10}

@@ -49,11 +49,6 @@ def shown_text(output):
     return "\n".join([output.get("text", ""), *(x for x in data if "\n" in x or len(x) < 1000)])
 
 
-def links(notebook):
-    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    return re.findall(r"\]\(([^)\s]+)\)", "\n".join(texts))
-
-
 def test_are_numbered_from_one_without_gaps_and_named_in_the_index():
     assert [path.name[:3] for path in PATHS] == [f"{i:02}_" for i in range(1, len(PATHS) + 1)]
     index = (FOLDER / "README.md").read_text()
@@ -109,11 +104,12 @@ def test_begins_with_title_and_setup_and_leads_on(path, notebook):
     assert last.cell_type == "markdown" and f"({name})" in last.source.strip().splitlines()[-1]
     assert "## Conclusion" in last.source
     assert any("## Change one number" in cell.source for cell in notebook.cells[-4:])
-    local = [link for link in links(notebook) if not re.match(r"https?://|#", link)]
+    texts = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    local = re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", texts)
     assert local and all((FOLDER / link.partition("#")[0]).exists() for link in local), local
 
 
-def run_setups(folder, repository=""):
+def run_setups(folder, repository):
     """The first cells of all notebooks, as in a folder with nothing around it -> the process."""
     setups = [cell for path in PATHS for cell in nbformat.read(path, as_version=4).cells[1:3]]
     script = "\n".join(cell.source for cell in setups) + "\nprint(root)"
@@ -126,7 +122,7 @@ def run_setups(folder, repository=""):
 
 
 def test_first_cell_clones_where_nothing_is(tmp_path):
-    found = run_setups(tmp_path)
+    found = run_setups(tmp_path, "")
     assert "FileNotFoundError" in found.stderr and "REPOSITORY" in found.stderr
     for folder in (tmp_path, tmp_path, tmp_path / "ipl" / "miniature"):  # once, and found again
         found = run_setups(folder, str(FOLDER.parent))

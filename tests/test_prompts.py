@@ -19,7 +19,6 @@ def clip_model(clip_pair):
 
 
 def test_initialisation():
-    torch.manual_seed(0)
     before = torch.get_rng_state()
     first, again, other = (ipl.LatentMapper(64, 4, 32, rng(seed)) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -31,12 +30,19 @@ def test_initialisation():
 
 @pytest.mark.parametrize("name", ["source", "target"])
 def test_construct_prompts(golden, clip_model, name):
-    g, ctx = golden["prompt"], golden["stage1"]["prompts"]
+    """As published, but for the padding, which changes nothing; CLIP gets no gradient."""
+    g, ctx = golden["prompt"], golden["stage1"]["prompts"].clone().requires_grad_()
     prompts = ipl.construct_prompts(clip_model, ctx, golden["config"][f"{name}_class"])
     B, L, _ = prompts.shape
     prefix, suffix = (g[f"{name}_{part}"].expand(B, -1, -1) for part in ("prefix", "suffix"))
     assert L == 1 + 4 + 1 + 1  # one token for the label
     assert torch.equal(prompts, torch.cat([prefix, ctx, suffix], 1)[:, :L])
+    padded, eot = torch.cat([prompts, normal(B, 9, 64)], dim=1), torch.full((B,), L - 1)
+    features, same = (ipl.encode_embeddings(clip_model, x, eot) for x in (prompts, padded))
+    close(same, features)
+    features.sum().backward()
+    assert ctx.grad.abs().sum() > 0
+    assert all(p.grad is None for p in clip_model.parameters())
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -62,26 +68,13 @@ def test_a_prompt_of_words_equals_encode_text(clip_model, label):
     close(ipl.encode_prompts(clip_model, ctx, label), text)
 
 
-def test_padding_changes_nothing(golden, clip_model):
-    """And the prompt has a gradient, CLIP none."""
-    ctx = golden["stage1"]["prompts"].clone().requires_grad_()
-    prompts = ipl.construct_prompts(clip_model, ctx, "anime")
-    B, L, _ = prompts.shape
-    padded = torch.cat([prompts, normal(B, 9, 64)], dim=1)
-    eot = torch.full((B,), L - 1)
-    features, same = (ipl.encode_embeddings(clip_model, x, eot) for x in (prompts, padded))
-    close(same, features)
-    features.sum().backward()
-    assert ctx.grad.abs().sum() > 0
-    assert all(p.grad is None for p in clip_model.parameters())
-
-
-def test_too_long_a_prompt_is_refused(clip_model):
-    label = "anime " * 60
-    with pytest.raises(ValueError, match="tokens; this CLIP reads 77"):
-        ipl.encode_prompts(clip_model, torch.zeros(1, 40, 64), label)
-    with pytest.raises(ValueError, match="too long"):
-        ipl.encode_prompts(clip_model, torch.zeros(1, 4, 64), label * 2)
+def test_labels_that_cannot_be_read(clip_model):
+    for n, n_ctx, words in ((60, 40, "tokens; this CLIP reads 77"), (120, 4, "too long")):
+        with pytest.raises(ValueError, match=words):
+            ipl.encode_prompts(clip_model, torch.zeros(1, n_ctx, 64), "anime " * n)
+    # rows of the token embedding that no training has touched are 0; braces are just letters
+    with pytest.warns(UserWarning, match="never read 'a {weird} label'"):
+        assert ipl.label_features(clip_model, "a {weird} label").isfinite().all()
 
 
 def test_label_features(golden, clip_model):
@@ -101,12 +94,5 @@ def test_residual_features(golden, clip_model):
     shared = golden["stage2"]["residual_as_run"]["features"][:1].expand(2, -1)
     for stage, published in ((1, labels), (2, shared)):
         for residual, expected in (("published", published), ("label", labels), ("none", 0)):
-            cfg = ipl.Config(residual=residual)
-            features = ipl.residual_features(cfg, clip_model, stage)
+            features = ipl.residual_features(ipl.Config(residual=residual), clip_model, stage)
             close(features, torch.as_tensor(expected).expand_as(features))
-
-
-def test_a_label_that_was_never_read(clip_model):
-    """Rows of the token embedding that no training has touched are 0; braces are just letters."""
-    with pytest.warns(UserWarning, match="never read 'a {weird} label'"):
-        assert ipl.label_features(clip_model, "a {weird} label").isfinite().all()
