@@ -213,9 +213,13 @@ def large_filter(impl, device):
 
 
 def counted_in_64_bits(comparison, impl, device):
+    start, kernels = _cuda.start, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cuda, "INT_LIMIT", 0)
+        patch.setattr(_cuda, "start", lambda *args: (kernels.append(args[1]), start(*args)))
         yield from comparison(1, impl, device)
+    assert all(("INT", "long long") in macros for macros in kernels)
+    assert kernels or impl == "ref"
 
 
 def extreme_numbers(act, impl, device):
