@@ -217,7 +217,7 @@ def counted_in_64_bits(comparison, impl, device):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cuda, "INT_LIMIT", 0)
         patch.setattr(_cuda, "start", lambda *args: (kernels.append(args[1]), start(*args)))
-        yield from comparison(1, impl, device)
+        yield from comparison(2, impl, device)
     assert all(("INT", "long long") in macros for macros in kernels)
     assert kernels or impl == "ref"
 
