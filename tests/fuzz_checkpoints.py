@@ -33,6 +33,7 @@ SECONDS, BYTES = 2, 2**30  # of CPU time, of memory
 GOLDEN = Path(__file__).parent / "golden"
 OPCODES = [ord(op.code) for op in pickletools.opcodes]
 HUGE = [2**7, 2**8 - 1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
+WORDS = [*map(str, HUGE), "-1", "1e400", "null", "[]", '"x"', "0", "9" * 5000]  # in JSON
 
 
 def seeds(folder):
@@ -48,7 +49,7 @@ def seeds(folder):
     with warnings.catch_warnings(action="ignore"):
         inputs = {"encode_image": torch.zeros(1, 3, 16, 16)}
         archive = torch.jit.trace_module(model, inputs, check_trace=False).save_to_buffer()
-    state = model.state_dict()
+    wrapped = {f"module.{key}": x for key, x in model.state_dict().items()}
     return {
         **{name: (folder / name).read_bytes() for name in ("small.pt", "other.safetensors")},
         "legacy.pt": torch_save(content, new=False),
@@ -57,8 +58,8 @@ def seeds(folder):
         "golden.pkl": (GOLDEN / "nvidia_variant_resnet.pkl").read_bytes(),
         "golden.pt": (GOLDEN / "rosinality_tiny.pt").read_bytes(),
         "clip.pt": archive,
-        "clip2.pt": torch_save({"state_dict": {f"module.{key}": x for key, x in state.items()}}),
-        "clip3.safetensors": safetensors.torch.save(state),
+        "clip2.pt": torch_save({"state_dict": wrapped}),
+        "clip3.safetensors": safetensors.torch.save(model.state_dict()),
     }
 
 
@@ -86,83 +87,61 @@ def move_bytes(rng, data):
     return rng.choice([deleted, repeated, data[:j] + stretch + data[j + size :]])
 
 
-def change_numbers(rng, data, places=None):
-    """Write huge or small numbers over any 2, 4 or 8 bytes, or at places: [(start, size)]."""
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 5])):
-        start, size = rng.choice(places) if places else (rng.randrange(len(data)), 8)
-        size = min(size, rng.choice([1, 2, 4, 8]))
-        data[start : start + size] = struct.pack("<Q", rng.choice(HUGE))[:size]
-    return bytes(data)
-
-
-def operations(data):
-    """[(position, size)] of the operations of a pickle, as far as it is one."""
-    positions = []
+def change_numbers(rng, data):
+    """Write huge or small numbers over any bytes; or over the lengths, sizes and memo slots that
+    are arguments of a pickle's operations; or other operations.
+    """
+    data, places, kind = bytearray(data), [], rng.choice(["any", "argument", "operation"])
     try:
-        for _, _, position in pickletools.genops(data):
-            positions.append(position)
-    except ValueError:
+        for _, _, position in pickletools.genops(bytes(data)) if kind != "any" else ():
+            places.append(position)
+    except ValueError:  # no pickle from there on
         pass
-    pairs = zip(positions, positions[1:], strict=False)
-    return [(start, end - start) for start, end in pairs] or [(0, len(data))]
-
-
-def swap_opcodes(rng, data):
-    data, found = bytearray(data), operations(data)
     for _ in range(rng.choice([1, 1, 2, 5])):
-        data[rng.choice(found)[0]] = rng.choice(OPCODES)
+        start = rng.choice(places) if places else rng.randrange(len(data))
+        new = struct.pack("<Q", rng.choice(HUGE))[: rng.choice([1, 2, 4, 8])]
+        if kind == "operation":
+            new = bytes([rng.choice(OPCODES)])
+        start += kind == "argument"
+        data[start : start + len(new)] = new
     return bytes(data)
 
 
-def change_arguments(rng, data):
-    """Other arguments of a pickle's operations: lengths, sizes, memo slots."""
-    return change_numbers(rng, data, [(start + 1, size - 1) for start, size in operations(data)])
-
-
-def replace_numbers(rng, data):
+def change_json(rng, data):
     """Huge numbers in the JSON at the head of a .safetensors file, whose length is set right."""
     size = int.from_bytes(data[:8], "little")
     head, rest = data[8 : 8 + size], data[8 + size :]
     i = rng.choice([i for i in range(size) if head[i : i + 1].isdigit()])
-    number = rng.choice([*map(str, HUGE), "-1", "1e400", "null", "[]", '"x"', "0", "9" * 5000])
-    head = head[:i] + number.encode() + head[i + 1 :]
+    head = head[:i] + rng.choice(WORDS).encode() + head[i + 1 :]
     return struct.pack("<Q", len(head)) + head + rest
 
 
-def within_zip(damage):
-    """Damage to one member of a zip archive, with a valid checksum."""
-
-    def change(rng, data):
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
-            names = old.namelist()
-            pickled = next(name for name in names if name.endswith("data.pkl"))
-            chosen = rng.choice([pickled, pickled, pickled, rng.choice(names)])
-            for name in names:
-                member = old.read(name)
-                new.writestr(name, damage(rng, member) if name == chosen and member else member)
-        return buffer.getvalue()
-
-    return change
+def change_member(rng, data):
+    """Damage to one member of a zip archive, most often its pickle, with a valid checksum."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w") as new:
+        names = old.namelist()
+        pickled = next(name for name in names if name.endswith("data.pkl"))
+        chosen = rng.choice([pickled, pickled, pickled, rng.choice(names)])
+        for name in names:
+            member = old.read(name)
+            damage = rng.choice(ANY)
+            new.writestr(name, damage(rng, member) if name == chosen and member else member)
+    return buffer.getvalue()
 
 
-ANY = [flip_bits, truncate, move_bytes, change_numbers]
-PICKLE = [flip_bits, truncate, move_bytes, swap_opcodes, swap_opcodes, change_arguments]
-DAMAGES = {
-    ".pkl": PICKLE,
-    "legacy.pt": PICKLE,
-    ".pt": [*ANY, *map(within_zip, [*PICKLE, change_arguments])],
-    ".safetensors": [*ANY, replace_numbers, replace_numbers],
-}
+ANY = [flip_bits, truncate, move_bytes, change_numbers, change_numbers, change_numbers]
 
 
 def damaged(files, seed, number):
     """-> (the name of an intact file, the bytes of its damaged copy)"""
     rng = random.Random(f"{seed}/{number}")
     name = rng.choice([*files, "three.pkl", "four.pkl", "small.pt"])
-    damages = next(damages for end, damages in DAMAGES.items() if name.endswith(end))
-    data = files[name]
+    data, damages = files[name], list(ANY)
+    if data.startswith(b"PK"):
+        damages += 8 * [change_member]
+    if name.endswith(".safetensors"):
+        damages += 3 * [change_json]
     for _ in range(rng.choice([1, 1, 1, 2])):
         if data:
             try:
@@ -192,12 +171,6 @@ def fault(load, path):
         return f"{type(error).__name__}: {error}"[:300], False
 
 
-def limit_memory():
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + BYTES, now + BYTES))
-
-
 def main(seed, count, folder, faulty=None):
     """faulty: a loader that does wrong, to show that it is seen."""
     files, doors = seeds(folder), {True: read_clip, False: load_generator}
@@ -207,18 +180,16 @@ def main(seed, count, folder, faulty=None):
         path.write_bytes(data)
         doors[name.startswith("clip")](path)
     if sys.platform == "linux":
-        limit_memory()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    loaded, slowest = 0, 0.0
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + BYTES, now + BYTES))
+    before, loaded, slowest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, 0.0
     for number in range(count):
         name, data = damaged(files, seed, number)
         path = folder / f"{number}-{name}"
         path.write_bytes(data)
-        load = faulty or doors[name.startswith("clip")]
         start = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)  # its signal kills
-        found, ok = fault(load, path)
+        found, ok = fault(faulty or doors[name.startswith("clip")], path)
         signal.setitimer(signal.ITIMER_PROF, 0)
         seconds = time.process_time() - start
         if found is None and seconds > SECONDS:

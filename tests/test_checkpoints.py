@@ -16,13 +16,10 @@ from checkpoints import load_generator, save_generator
 from checkpoints.files import write_atomically
 from checkpoints.stylegan2 import WANTED, read_checkpoint
 from stylegan2_ops import Generator
+from tests.nvidia_pickles import Payload
 
 TINY = GOLDEN / "rosinality_tiny.pt"
 BIAS, CONV = "convs.0.activate.bias", "convs.0.conv.weight"
-
-
-# ----------------------------------------------------------------------------------------------
-# Reading and writing
 
 
 def test_reads_sizes_off_the_tensors(checkpoint):
@@ -75,10 +72,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [path.name] and path.read_text() == "old"
 
 
-# ----------------------------------------------------------------------------------------------
-# Files that people have
-
-
 def test_adapted_generator_has_no_latent_avg(save, checkpoint):
     """Outputs of IPL and NADA: the centre is the mean w, the same on every reading."""
     path = save({"g_ema": checkpoint["g_ema"], "g_optim": {"state": {}, "param_groups": []}})
@@ -114,22 +107,16 @@ def test_wrappers_are_left_out(save, checkpoint, prefix):
             assert_same(load_generator(path), load_generator(TINY))
 
 
-@pytest.mark.parametrize("name", ["g", "g.pt", "g.pkl", "g.safetensors"])
-def test_the_content_says_the_format(tmp_path, name):
+def test_the_content_says_the_format(tmp_path):
     save_generator(load_generator(TINY), tmp_path / "tiny.safetensors")
     for source in (TINY, GOLDEN / "nvidia_tiny.pkl", tmp_path / "tiny.safetensors"):
-        (tmp_path / name).write_bytes(source.read_bytes())
-        assert_same(load_generator(tmp_path / name), load_generator(source))
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch pwned",)
+        for name in ("g", "g.pt", "g.pkl", "g.safetensors"):
+            (tmp_path / name).write_bytes(source.read_bytes())
+            assert_same(load_generator(tmp_path / name), load_generator(source))
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_other_values_beside_the_generator_stay_unread(tmp_path, monkeypatch, save, protocol):
-    monkeypatch.chdir(tmp_path)
+def test_other_values_beside_the_generator_stay_unread(save, protocol):
     content, expected = torch.load(TINY, weights_only=True), load_generator(TINY)
     known = [b"x", b"", {1}, np.float64(0.5), np.arange(3), torch.device("cpu"), {0.5: 1, (1,): 3}]
     args = argparse.Namespace(size=32, path="data")
@@ -153,7 +140,6 @@ def test_other_values_beside_the_generator_stay_unread(tmp_path, monkeypatch, sa
         path = save({**content, "args": {"value": value}}, pickle_protocol=protocol)
         with pytest.warns(UserWarning, match=f"left unread, as nothing is run: .*'{name}"):
             assert_same(load_generator(path), expected)
-    assert not Path("pwned").exists()
 
 
 def test_other_types_are_read_as_float32(save, checkpoint):
@@ -161,10 +147,6 @@ def test_other_types_are_read_as_float32(save, checkpoint):
     generator = load_generator(save({**checkpoint, "g_ema": half}))
     assert {tensor.dtype for tensor in generator.state_dict().values()} == {torch.float32}
     torch.testing.assert_close(generator.convs[0].conv.weight, half[CONV].float())
-
-
-# ----------------------------------------------------------------------------------------------
-# Refusals
 
 
 def test_missing_and_damaged_files(tmp_path):
@@ -199,39 +181,37 @@ def test_weights_that_make_no_finite_w(save, checkpoint):
 
 
 CLIP, NOT = torch.load(GOLDEN / "clip_tiny.pt", weights_only=True), "not a generator checkpoint"
+ONE, PLAIN = torch.zeros(1), f"'{BIAS}' is not a plain tensor of floats"
+LACKS = "not a rosinality generator, it lacks"
 OTHERS = [  # content: message
     ([1, 2], f"{NOT}; "),
-    (torch.zeros(2), f"{NOT}; "),
+    (ONE, f"{NOT}; "),
     ({}, f'{NOT}, it has no "g_ema" or "G_ema"; '),
     ({"g": {}}, f'{NOT}, it has no "g_ema"; '),
     ({"G": {}, "G_ema": None}, f'{NOT}, it has no "G_ema"; '),
-    (
-        {"g_ema": Payload()},
-        f"{NOT}, it has no \"g_ema\", but the name 'posix.system' is not allowed",
-    ),
+    ({"g_ema": Payload()}, f"{NOT}, it has no \"g_ema\", but the name 'posix.system' is not all"),
     (Payload(), "the name 'posix.system' is not allowed; "),
     (CLIP, "a CLIP, not a generator; "),
     ({"g_ema": CLIP}, "a CLIP, not a generator; "),
-    (
-        {"g_ema": {"x": torch.zeros(1)}},
-        "not a rosinality generator, it lacks 'input.input', 'conv1.",
-    ),
-    ({"g_ema": {"synthesis.b4.const": torch.zeros(1)}}, "NVIDIA's tensors without"),
+    ({"g_ema": {"x": ONE}}, f"{LACKS} 'input.input', 'conv1."),
+    ({"g_ema": {"synthesis.b4.const": ONE}}, "NVIDIA's tensors without"),
 ]
-PLAIN = f"'{BIAS}' is not a plain tensor of floats"
-CHANGES = [  # name in the state dict, its value: message
-    ("style.1.bias", "missing", "it lacks 'style.1.bias'"),
-    ("convs.5.conv.weight", "missing", "it lacks 'convs.5.conv.weight'"),
-    ("to_rgbs.2.bias", "missing", "it lacks 'to_rgbs.2.bias'"),
-    ("convs.6.conv.weight", torch.zeros(1), "it has 'convs.6.conv.weight'"),
-    ("convs.99.conv.weight", torch.zeros(1), "the config's resolution is "),
+CHANGES = [  # name in the checkpoint or its state dict, its value if it is not missing: message
+    ("latent_avg", 0.5, '"latent_avg" is not a vector of 32'),
+    ("latent_avg", torch.zeros(31), '"latent_avg" is not a vector of 32'),
+    ("latent_avg", torch.zeros(32, dtype=torch.int64), '"latent_avg" is not a vector of 32'),
+    ("style.1.bias", "missing", f"{LACKS} 'style.1.bias'"),
+    ("convs.5.conv.weight", "missing", f"{LACKS} 'convs.5.conv.weight'"),
+    ("to_rgbs.2.bias", "missing", f"{LACKS} 'to_rgbs.2.bias'"),
+    ("convs.6.conv.weight", ONE, "not a rosinality generator, it has 'convs.6.conv.weight'"),
+    ("convs.99.conv.weight", ONE, "the config's resolution is "),
     ("style.2.weight", torch.zeros(32, 16), "style.2.weight is (32, 16), not (32, 32)"),
     ("to_rgb1.bias", torch.zeros(3), "to_rgb1.bias is (3,), not (1, 3, 1, 1)"),
-    ("convs.0.conv.blur.kernel", torch.zeros(3, 3), "kernel is (3, 3), not (4, 4)"),
-    ("noises.noise_6", torch.zeros(3, 3), "noises.noise_6 is (3, 3), not (1, 1, 32, 32)"),
+    ("convs.0.conv.blur.kernel", ONE, "convs.0.conv.blur.kernel is (1,), not (4, 4)"),
+    ("noises.noise_6", ONE, "noises.noise_6 is (1,), not (1, 1, 32, 32)"),
     (BIAS, None, PLAIN),
     (BIAS, torch.zeros(24, dtype=torch.int64), PLAIN),
-    (BIAS, torch.zeros(1).expand(10**12), PLAIN),
+    (BIAS, ONE.expand(10**12), PLAIN),
     (BIAS, torch.zeros(24).to_sparse(), f"{PLAIN}: the name 'torch._utils._rebuild_sp"),
     (BIAS, Payload(), f"{PLAIN}: the name 'posix.system' is not allowed"),
 ]
@@ -240,14 +220,13 @@ CHANGES = [  # name in the state dict, its value: message
 def test_other_files(save, checkpoint):
     for content, message in OTHERS:
         assert refusal(load_generator, save(content)).startswith(message)
-    for value in (0.5, torch.zeros(31), torch.zeros(32, dtype=torch.int64)):
-        said = refusal(load_generator, save({**checkpoint, "latent_avg": value}))
-        assert said == '"latent_avg" is not a vector of 32'
     for name, value, message in CHANGES:
-        state = {**checkpoint["g_ema"], name: value}
+        content = {**checkpoint, "g_ema": dict(checkpoint["g_ema"])}
+        part = content if name == "latent_avg" else content["g_ema"]
+        part[name] = value
         if isinstance(value, str):
-            del state[name]
-        assert message in refusal(load_generator, save({**checkpoint, "g_ema": state}))
+            del part[name]
+        assert refusal(load_generator, save(content)).startswith(message)
 
 
 def test_a_small_file_makes_no_large_noise(save):
@@ -255,4 +234,4 @@ def test_a_small_file_makes_no_large_noise(save):
         state = Generator(4096, {2**k: 1 for k in range(2, 13)}, w_dim=1, n_mlp=1).state_dict()
     state = {n: torch.zeros(x.shape) for n, x in state.items() if not n.startswith("noises.")}
     said = refusal(load_generator, save({"g_ema": state}))
-    assert said.startswith("not a rosinality generator, it lacks 'noises.noise_0'")
+    assert said.startswith(f"{LACKS} 'noises.noise_0'")
