@@ -1,4 +1,4 @@
-"""For the tests: pickles with the structure of NVIDIA's, of any generator of ours; and a program.
+"""For the tests: NVIDIA's pickles with any change; and a program.
 
 Python's own pickler writes them; the modules that they name exist meanwhile only.
 """
@@ -8,15 +8,14 @@ import io
 import os
 import pickle
 import sys
+import zipfile
+from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-import numpy as np
 import torch
 
-from checkpoints.nvidia import _names
-
-_MODULES = {}
+GOLDEN, _MODULES = Path(__file__).parent / "golden", {}
 
 
 class Payload:
@@ -66,56 +65,43 @@ def torch_save(value, new=True):
 
 def module(class_name, parameters=(), modules=(), **attributes):
     state = {"_parameters": dict(parameters), "_buffers": {}, "_modules": dict(modules)}
-    meta = {"type": "class", "version": 6, "module_src": "raise SystemExit"}
-    meta |= {"class_name": class_name, "state": {**state, **attributes}}
+    meta = {"type": "class", "class_name": class_name, "state": {**state, **attributes}}
     return Call("torch_utils.persistence", "_reconstruct_persistent_obj", meta)
 
 
-def nvidia_module(generator):
-    """What NVIDIA's code would pickle for `generator`.
+def members(data):
+    """The members of a file of torch.save by name, without the folder they are in."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
 
-    Which of their tensors is which of ours is taken from the reader; the golden files prove that.
-    """
-    sizes, kind, state = list(generator.channels), generator.architecture, generator.state_dict()
-    root = {"mapping": {"w_avg": generator.w_avg}}
-    for ours, theirs in _names(sizes, generator.n_mlp, generator.c_dim, kind).items():
-        *path, leaf = theirs.split(".")
-        tensor = state[ours] / 4 if leaf == "resample_filter" else state[ours]
-        if theirs.endswith("torgb.bias"):
-            tensor = tensor.flatten()
-        elif leaf in ("const", "noise_const", "noise_strength") or ours.endswith(".conv.weight"):
-            tensor = tensor[0, 0] if leaf == "noise_const" else tensor[0]
-        part = root
-        for name in path:
-            part = part.setdefault(name, {})
-        part[leaf] = tensor
-    halves = [f"b{size}" for size in sizes[len(sizes) - generator.num_fp16_res :]]
-    given = {"z_dim": generator.z_dim, "c_dim": generator.c_dim, "img_channels": 3}
-    given |= {"conv_clamp": generator.conv_clamp, "architecture": kind, "use_noise": True}
 
-    def build(name, part):
-        own = {"activation": "lrelu" if name.startswith(("fc", "conv")) else "linear"}
-        own |= {"bias_gain": 0.01 if name.startswith("fc") else 1, "weight_gain": np.float64(0.5)}
-        tensors = {key: x for key, x in part.items() if isinstance(x, torch.Tensor)}
-        modules = {key: build(key, x) for key, x in part.items() if isinstance(x, dict)}
-        return module("Layer", tensors, modules, use_fp16=name in halves, **given, **own)
+def zipped(files, method=zipfile.ZIP_STORED):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(f"archive/{name}", data)
+    return buffer.getvalue()
 
-    return build("", root)
+
+class _Editable(pickle.Unpickler):
+    def find_class(self, module, name):
+        if module == "torch_utils.persistence":
+            return functools.partial(Call, module, name)
+        return dict if module == "dnnlib.util" else super().find_class(module, name)
+
+
+def network(name, path="", **changes):
+    """G_ema of golden/nvidia_<name>.pkl, read by Python's own unpickler, and `changed`."""
+    with open(GOLDEN / f"nvidia_{name}.pkl", "rb") as file:
+        return changed(_Editable(file).load()["G_ema"], path, **changes)
 
 
 def changed(root, path, **changes):
-    """What nvidia_module returned, with other attributes or parts in the module at `path`."""
+    """`root` with other attributes, tensors or modules in the module at `path`."""
     state = root.args[0]["state"]
     for part in filter(None, path.split(".")):
         state = state["_modules"][part].args[0]["state"]
+    parts = [state[kind] for kind in ("_parameters", "_buffers", "_modules")]
     for name, value in changes.items():
-        kind = next((kind for kind in ("_parameters", "_modules") if name in state[kind]), None)
-        (state[kind] if kind else state)[name] = value
+        next((part for part in parts if name in part), state)[name] = value
     return root
-
-
-def nvidia_pickle(generator, protocol=4):
-    """The bytes of a snapshot with `generator` as G_ema."""
-    content = {"training_set_kwargs": {"path": "data.zip"}, "G": None, "D": None}
-    content |= {"G_ema": nvidia_module(generator), "augment_pipe": None}
-    return dumps(content, protocol)

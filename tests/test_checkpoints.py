@@ -19,7 +19,7 @@ from stylegan2_ops import Generator
 from tests.nvidia_pickles import Payload
 
 TINY = GOLDEN / "rosinality_tiny.pt"
-BIAS, CONV = "convs.0.activate.bias", "convs.0.conv.weight"
+BIAS = "convs.0.activate.bias"
 
 
 def test_reads_sizes_off_the_tensors(checkpoint):
@@ -34,25 +34,21 @@ def test_reads_sizes_off_the_tensors(checkpoint):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("resolution", [8, 64])
-def test_round_trip(tmp_path, suffix, resolution):
-    generator = Generator(resolution, {4: 5, 8: 7, 16: 4, 32: 3, 64: 2}, w_dim=6, n_mlp=3)
+def test_round_trip(tmp_path, suffix):
+    generator, path = Generator(8, {4: 5, 8: 7}, w_dim=6, n_mlp=3), tmp_path / f"generator{suffix}"
     generator.w_avg.copy_(normal(6))
-    path = tmp_path / f"generator{suffix}"
     for _ in range(2):  # the second time over a file that is there
         save_generator(generator, path)
         assert os.listdir(tmp_path) == [path.name]
-    before = torch.random.get_rng_state()
     assert_same(load_generator(path), generator)
-    assert torch.equal(torch.random.get_rng_state(), before)
     if suffix == ".pt":
         saved = torch.load(path, weights_only=True)
         assert saved.keys() == {"g_ema", "latent_avg"}
         assert saved["g_ema"].keys() == generator.state_dict().keys()
     else:
         with safetensors.safe_open(path, "pt") as file:
-            assert "latent_avg" in file.keys()
-            assert f'"resolution": {resolution}' in file.metadata()["config"]
+            assert file.keys() == sorted([*generator.state_dict(), "latent_avg"])
+            assert '"resolution": 8' in file.metadata()["config"]
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -82,6 +78,9 @@ def test_adapted_generator_has_no_latent_avg(save, checkpoint):
     w = generator.mapping(normal(4096, 32, seed=7))
     assert (generator.w_avg - w.mean(0)).norm() < 0.1 * w.std(0).norm()
     assert_same(load_generator(save(checkpoint["g_ema"])), generator)  # a state dict alone
+    halves = {name: tensor.half() for name, tensor in checkpoint["g_ema"].items()}
+    state = load_generator(save(halves)).state_dict()
+    assert all(torch.equal(state[name], halves[name].float()) for name in state)
 
 
 def test_what_is_not_learned_may_be_missing(save, checkpoint):
@@ -142,13 +141,6 @@ def test_other_values_beside_the_generator_stay_unread(save, protocol):
             assert_same(load_generator(path), expected)
 
 
-def test_other_types_are_read_as_float32(save, checkpoint):
-    half = {name: tensor.half() for name, tensor in checkpoint["g_ema"].items()}
-    generator = load_generator(save({**checkpoint, "g_ema": half}))
-    assert {tensor.dtype for tensor in generator.state_dict().values()} == {torch.float32}
-    torch.testing.assert_close(generator.convs[0].conv.weight, half[CONV].float())
-
-
 def test_missing_and_damaged_files(tmp_path):
     said = refusal(load_generator, tmp_path / "x.pt")
     assert said == f"No such file or directory; wanted: {WANTED}"
@@ -162,16 +154,6 @@ def test_missing_and_damaged_files(tmp_path):
             said = refusal(load_generator, path)
             assert said.startswith("damaged, ")
         assert "or written by neither pickle nor torch.save (" in said
-
-
-@pytest.mark.parametrize("name", [CONV, "noises.noise_2", "latent_avg"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
-def test_what_is_not_finite_is_named(save, checkpoint, name, value):
-    state = checkpoint if name == "latent_avg" else checkpoint["g_ema"]
-    state[name] = state[name].double()  # 1e300 is infinite as float32
-    state[name].view(-1)[3] = value
-    for load in (load_generator, read_checkpoint):
-        assert refusal(load, save(checkpoint)).startswith(f"not finite: '{name}'")
 
 
 def test_weights_that_make_no_finite_w(save, checkpoint):
@@ -209,6 +191,9 @@ CHANGES = [  # name in the checkpoint or its state dict, its value if it is not 
     ("to_rgb1.bias", torch.zeros(3), "to_rgb1.bias is (3,), not (1, 3, 1, 1)"),
     ("convs.0.conv.blur.kernel", ONE, "convs.0.conv.blur.kernel is (1,), not (4, 4)"),
     ("noises.noise_6", ONE, "noises.noise_6 is (1,), not (1, 1, 32, 32)"),
+    ("latent_avg", torch.full([32], torch.nan), "not finite: 'latent_avg'"),
+    ("noises.noise_2", torch.full([1, 1, 8, 8], torch.inf), "not finite: 'noises.noise_2'"),
+    (BIAS, torch.full([24], 1e300, dtype=torch.float64), f"not finite: '{BIAS}'"),  # as float32
     (BIAS, None, PLAIN),
     (BIAS, torch.zeros(24, dtype=torch.int64), PLAIN),
     (BIAS, ONE.expand(10**12), PLAIN),
@@ -226,7 +211,8 @@ def test_other_files(save, checkpoint):
         part[name] = value
         if isinstance(value, str):
             del part[name]
-        assert refusal(load_generator, save(content)).startswith(message)
+        for load in (load_generator, read_checkpoint):
+            assert refusal(load, save(content)).startswith(message)
 
 
 def test_a_small_file_makes_no_large_noise(save):

@@ -12,15 +12,7 @@ from checkpoints import load_generator, save_generator
 from checkpoints.nvidia import _names
 from checkpoints.stylegan2 import read_checkpoint
 from stylegan2_ops import Generator
-from tests.nvidia_pickles import (
-    Call,
-    changed,
-    dumps,
-    module,
-    nvidia_module,
-    nvidia_pickle,
-    torch_save,
-)
+from tests.nvidia_pickles import Call, changed, dumps, module, network, torch_save
 
 FILES = ["nvidia_tiny", "nvidia_tiny_py311"]
 FILES += [f"nvidia_variant_{name}" for name in ("clamp", "cond", "resnet")]
@@ -40,42 +32,25 @@ def golden_close(actual, expected):
     close(actual, expected, rtol=0, scale=3e-6)
 
 
-# ----------------------------------------------------------------------------------------------
-# Golden numbers
-
-
 @pytest.mark.parametrize("name", FILES)
-def test_images_mapping_and_truncation(name):
+def test_images_gradient_mapping_and_truncation(name):
     golden, generator = IO[name], load(name)
     kinds = {"psi1": "const", "plus": "ws_plus_const", "mix": "ws_mix_const"}
     for w in ("psi1", "psi07", "psi05_cutoff3", "plus", "mix"):
         image = golden[f"image_{kinds.get(w, f'const_{w}')}"]
         golden_close(generator.synthesis(golden[f"ws_{w}"]), image)
+    w = golden["ws_plus"].clone().requires_grad_()
+    (generator.synthesis(w) * golden["grad"]["r"]).sum().backward()
+    close(w.grad, golden["grad"]["grad_ws_plus"])
     for noise in generator.noises.buffers():
         noise.zero_()
     golden_close(generator.synthesis(golden["ws_psi1"]), golden["image_none"])
     golden_close(generator.synthesis(golden["ws_psi07"]), golden["image_none_psi07"])
     for i, z in enumerate(golden["z"]):
-        class_index = None if golden["c"] is None else int(golden["c"][i].argmax())
-        generator = load(name, class_index)
+        generator = load(name, None if golden["c"] is None else int(golden["c"][i].argmax()))
         w = generator.mapping(z[None])[0]
         golden_close(w, golden["w"][i])
         golden_close(generator.w_avg.lerp(w, 0.7), golden["ws_psi07"][i, 0])
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_layers_and_gradient(name):
-    golden, generator = IO[name], load(name)
-    outputs, expected = layer_outputs(generator), golden["layer_outputs_const_z0"]
-    generator.synthesis(golden["ws_psi1"][:1])
-    keys = [key for key in expected if "conv" in key]  # ours sums the image up within ToRGB
-    keys.sort(key=lambda key: (int(key[1:].split(".")[0]), key))
-    assert len(keys) == generator.num_ws - 1
-    for key, output in zip(keys, outputs, strict=True):
-        golden_close(output, expected[key])
-    w = golden["ws_plus"].clone().requires_grad_()
-    (generator.synthesis(w) * golden["grad"]["r"]).sum().backward()
-    close(w.grad, golden["grad"]["grad_ws_plus"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -100,40 +75,29 @@ def test_same_as_the_converted_file():
     assert_same(load("nvidia_tiny"), load_generator(GOLDEN / "nvidia_tiny_as_rosinality.pt"))
 
 
-# ----------------------------------------------------------------------------------------------
-# Classes, clamp, float16
-
-
 def test_conditional_needs_a_class(tmp_path):
-    path, other = GOLDEN / "nvidia_variant_cond.pkl", GOLDEN / "nvidia_tiny.pkl"
+    path, saved = GOLDEN / "nvidia_variant_cond.pkl", tmp_path / "g.safetensors"
     for wrong in (None, 5, -1):
         said = refusal(load_generator, path, class_index=wrong)
-        assert said.startswith(f"class {wrong} of 5 classes; wanted: a class index")
-        assert said.endswith(" from 0 to 4")
-    said = refusal(load_generator, other, class_index=0)
+        assert said.startswith(f"class {wrong} of 5 classes; ") and said.endswith(" from 0 to 4")
+    said = refusal(load_generator, GOLDEN / "nvidia_tiny.pkl", class_index=0)
     assert said == "class 0 of no classes; wanted: no class index"
     generator = load_generator(path, class_index=3)
-    save_generator(generator, tmp_path / "g.safetensors")
-    assert load_generator(tmp_path / "g.safetensors").class_index == 3
-    assert load_generator(tmp_path / "g.safetensors", class_index=1).class_index == 1
+    save_generator(generator, saved)
+    assert load_generator(saved).class_index == 3
+    assert load_generator(saved, class_index=1).class_index == 1
     generator.class_index = None
     with pytest.raises(ValueError, match="class_index must be below 5, not None"):
         generator.mapping(torch.zeros(1, 16))
-
-
-def layer_outputs(generator):
-    """A list to which the convolutions append what they return."""
-    outputs = []
-    for layer in [generator.conv1, *generator.convs]:
-        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-    return outputs
 
 
 @pytest.mark.parametrize("name", ["nvidia_variant_clamp", "nvidia_variant_resnet"])
 def test_clamp_and_float16_blocks(name):
     """float16 on a CUDA device only; here the CPU is taken for one."""
     generator, w = load(name), IO[name]["ws_plus"]
-    outputs = layer_outputs(generator)
+    outputs = []
+    for layer in [generator.conv1, *generator.convs]:
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
     exact = generator.synthesis(w)
     if "clamp" in name:
         assert max(output.abs().max() for output in outputs) == 1.25
@@ -170,49 +134,60 @@ def test_on_a_gpu(name):
     close(image, IO[name]["image_ws_plus_const"], rtol=0, scale=tolerance)
 
 
-# ----------------------------------------------------------------------------------------------
-# Variants that have no golden numbers
-
-ALL = {"architecture": "resnet", "c_dim": 3, "class_index": 2, "conv_clamp": 256, "z_dim": 12}
-KINDS = {  # arguments of Generator, and what rosinality's layout has no place for
-    "plain": ({}, None),
-    "orig": ({"architecture": "orig"}, "the orig architecture"),
-    "narrow z": ({"z_dim": 5}, "z of 5 and w of 8 numbers"),
-    "all": ({**ALL, "num_fp16_res": 1, "n_mlp": 2}, "3 classes"),
+MISFITS = {  # what rosinality's layout has no place for
+    "variant_clamp": None,
+    "variant_cond": "5 classes",
+    "variant_resnet": "the resnet architecture",
+    "orig": "the orig architecture",
+    "narrow z": "z of 5 and w of 16 numbers",
 }
 
 
 def variant(name):
-    torch.manual_seed(0)
-    generator = Generator(16, {4: 10, 8: 9, 16: 7}, w_dim=8, **{"n_mlp": 3, **KINDS[name][0]})
-    generator.w_avg.copy_(torch.randn(8))
-    for parameter in generator.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return generator.requires_grad_(False)
+    """(NVIDIA's network, the generator that it is): golden ones, and two that are made of them."""
+    golden = {"orig": "variant_resnet", "narrow z": "variant_clamp"}.get(name, name)
+    root, read = network(golden), load(f"nvidia_{golden}")
+    config, state = {**read.config}, read.state_dict()
+    if name == "orig":
+        config["architecture"] = "orig"
+        state = {key: x for key, x in state.items() if not key.startswith("skips.")}
+        for size in (4, 8, 16):
+            changed(root, f"synthesis.b{size}", architecture="orig", skip=None)
+    if name == "narrow z":
+        config["z_dim"] = 5
+        state["style.1.weight"] = weight = state["style.1.weight"][:, :5]
+        changed(changed(root, "", z_dim=5), "mapping.fc0", weight=weight)
+    generator = Generator(**config).requires_grad_(False)
+    generator.load_state_dict(state)
+    generator.w_avg.copy_(read.w_avg)
+    return root, generator
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", MISFITS)
 def test_variants_are_read_and_kept(tmp_path, name):
-    generator, path, misfit = variant(name), tmp_path / "network.pkl", KINDS[name][1]
-    network = nvidia_module(generator)
-    content = {"G": None, "D": None, "G_ema": network}
-    written = [nvidia_pickle(generator, protocol) for protocol in (3, 4, 5)]
-    written += [torch_save(content), torch_save(content, new=False), torch_save(network)]
-    for data in written:
+    (root, generator), path = variant(name), tmp_path / "network.pt"
+    content = {"G": None, "D": None, "G_ema": root}
+    written = [dumps(content, protocol) for protocol in (3, 4, 5)]
+    for data in (*written, *(torch_save(x, new) for x in (content, root) for new in (True, False))):
         path.write_bytes(data)
         assert_same(load_generator(path, class_index=generator.class_index), generator)
+    path.unlink()
     save_generator(generator, tmp_path / "network.safetensors")
     assert_same(load_generator(tmp_path / "network.safetensors"), generator)
-    w = generator.mapping(normal(2, generator.z_dim))
-    assert generator.synthesis(w).shape == (2, 3, 16, 16)
-    if misfit:
-        said = refusal(lambda path: save_generator(generator, path), tmp_path / "network.pt")
+    if misfit := MISFITS[name]:
+        said = refusal(lambda path: save_generator(generator, path), path)
         expected = f"no place for {misfit} in rosinality's layout; wanted: a .safetensors file"
-        assert said == expected and not (tmp_path / "network.pt").exists()
+        assert said == expected and not path.exists()
+        return
+    save_generator(generator, path)  # the clamp lies beside g_ema, where only we look
+    assert_same(load_generator(path), generator)
+    content = torch.load(path, weights_only=True)
+    assert content.keys() == {"g_ema", "latent_avg", "generator_config"}
+    assert content["g_ema"].keys() == Generator(16, generator.channels, 16, 2).state_dict().keys()
 
 
 def test_orig_is_the_convolutions_and_one_to_rgb():
-    generator, w = variant("orig"), normal(2, 8)
+    (_, generator), w = variant("orig"), normal(2, 16)
     noises = list(generator.noises.buffers())
     x = generator.conv1(generator.input.input.expand(2, -1, -1, -1), w, noises[0])
     for conv, noise in zip(generator.convs, noises[1:], strict=True):
@@ -221,29 +196,14 @@ def test_orig_is_the_convolutions_and_one_to_rgb():
     assert len(generator.layers()) == generator.num_ws == 6
 
 
-def test_clamp_and_float16_survive_in_rosinalitys_layout(tmp_path):
-    """Beside g_ema, where only we look: the layout itself has no place for them."""
-    generator = load("nvidia_variant_clamp")
-    save_generator(generator, tmp_path / "network.pt")
-    content = torch.load(tmp_path / "network.pt", weights_only=True)
-    assert content.keys() == {"g_ema", "latent_avg", "generator_config"}
-    assert content["g_ema"].keys() == Generator(16, generator.channels, 16, 2).state_dict().keys()
-    assert_same(load_generator(tmp_path / "network.pt"), generator)
-
-
-# ----------------------------------------------------------------------------------------------
-# Refusals
-
-
 def other(path, **changes):
-    return {"G_ema": changed(nvidia_module(variant("plain")), path, **changes)}
+    return {"G_ema": network("variant_resnet", path, **changes)}
 
 
 SIGNAL = module("SynthesisInput", size=np.array([36, 36]), bandwidth=np.float64(2))
-SYNTHESIS = module("SynthesisNetwork", {}, {"input": SIGNAL, "L0_36_512": module("L")})
-STYLEGAN3 = module("Generator", {}, {"synthesis": SYNTHESIS, "mapping": module("M")})
+STYLEGAN3 = module("Generator", {}, {"synthesis": module("Synthesis", {}, {"input": SIGNAL})})
 TENSORFLOW = Call("dnnlib.tflib.network", "Network", {"version": 4})
-NAN, ATTENTION = torch.full([810], torch.nan), {"a": module("Attention", {"q": torch.zeros(2)})}
+NAN, ATTENTION = torch.full([16, 16, 3, 3], torch.nan), {"a": module("A", {"q": torch.ones(2)})}
 FC, CONV, BLOCK = "mapping.fc0", "synthesis.b8.conv0", "synthesis.b8"
 DIFFER = "G_ema: its blocks differ in architecture, conv_clamp or use_fp16"
 OTHERS = [  # content: message
@@ -254,7 +214,7 @@ OTHERS = [  # content: message
     (other("", img_channels=1), "G_ema.img_channels is 1; wanted: 3"),
     (other("", z_dim="8"), "the config's z_dim is '8'; wanted: 1 to 65535"),
     (other("", z_dim=[8]), "G_ema.z_dim is a list; wanted: a number"),
-    (other("", z_dim=9), "style.1.weight is (8, 8), not (8, 9)"),
+    (other("", z_dim=9), "style.1.weight is (16, 16), not (16, 9)"),
     (other(FC, bias_gain=0.1), f"G_ema.{FC}.bias_gain is 0.1; wanted: 0.01"),
     (other(CONV, use_noise=False), f"G_ema.{CONV}.use_noise is False; wanted: True"),
     (other(CONV, activation="relu"), f"G_ema.{CONV}.activation is 'relu'; wanted: 'lrelu'"),
@@ -262,19 +222,18 @@ OTHERS = [  # content: message
     (other(BLOCK, use_fp16=True), DIFFER),
     (other(CONV, weight=None), f"G_ema lacks '{CONV}.weight'"),
     (other(CONV, weight=5), f"'{CONV}.weight' is not a plain tensor of floats"),
-    (other(CONV, weight=torch.zeros(9, 10, 3, 2)), "convs.0.conv.weight is (1, 9, 10, 3, 2)"),
-    (other(CONV, weight=NAN[:810].view(9, 10, 3, 3)), "not finite: 'convs.0.conv.weight'"),
+    (other(CONV, weight=torch.zeros(9, 16, 3, 3)), "convs.0.conv.weight is (1, 9, 16, 3, 3)"),
+    (other(CONV, weight=NAN), "not finite: 'convs.0.conv.weight'"),
     (other("synthesis", b4=None), "G_ema is no StyleGAN2 generator: its blocks are not 4, 8,"),
     (other("synthesis", b8=3), "G_ema.synthesis.b8 is no module, or one of too many"),
-    (other("mapping", w_avg=torch.zeros(7)), '"latent_avg" is not a vector of 8'),
-    (other("mapping", w_avg=NAN[:8]), "not finite: 'latent_avg'"),
+    (other("mapping", w_avg=torch.zeros(7)), '"latent_avg" is not a vector of 16'),
+    (other("mapping", w_avg=NAN[0, :, 0, 0]), "not finite: 'latent_avg'"),
     (other("mapping", x=Call("a.b", "C")), "G_ema.mapping has 'x': the name 'a.b.C' is not"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(OTHERS)))
-def test_other_networks(tmp_path, number):
-    content, message = OTHERS[number]
+@pytest.mark.parametrize("content, message", OTHERS, ids=range(len(OTHERS)))
+def test_other_networks(tmp_path, content, message):
     path = tmp_path / "network.pkl"
     for data in (dumps(content, 3), dumps(content, pickle.HIGHEST_PROTOCOL), torch_save(content)):
         path.write_bytes(data)

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 import tracemalloc
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -22,9 +21,8 @@ from checkpoints import CheckpointError, load_generator
 from checkpoints.clip import read_clip
 from checkpoints.pickles import MAX_OPERATIONS
 from checkpoints.stylegan2 import read_checkpoint
-from stylegan2_ops import Generator
 from tests.fuzz_checkpoints import fault
-from tests.nvidia_pickles import Call, Payload, changed, dumps, module, nvidia_module, torch_save
+from tests.nvidia_pickles import Call, Payload, dumps, members, module, network, torch_save, zipped
 
 TINY, BIAS = GOLDEN / "rosinality_tiny.pt", "convs.0.activate.bias"
 
@@ -48,10 +46,6 @@ def refused(tmp_path):
         return message
 
     return refused
-
-
-# ----------------------------------------------------------------------------------------------
-# Pickles as operations
 
 
 def text(value):
@@ -100,12 +94,8 @@ STORAGE = STORAGE[: 5 + struct.unpack_from("<I", STORAGE, 1)[0]]
 ABUSE = {
     "empty": b"",
     "no stop": b"\x80\x03N",
-    "only stop": b".",
     "text of 2^63 bytes": b"\x8d" + struct.pack("<Q", 2**63) + b"x.",
-    "text of 4 GB": b"X\xff\xff\xff\xffx.",
-    "bytes of 2^62": b"\x8e" + struct.pack("<Q", 2**62) + b"x.",
     "frame of 2^63": b"\x80\x04\x95" + struct.pack("<Q", 2**63) + b"K\1.",
-    "int of 2 GB": b"\x8b\xff\xff\xff\x7f1.",
     "int in digits": b"L" + b"9" * 10_000_000 + b"L\n.",
     "endless line": b"c" + b"x" * 10_000_000,
     "memo slot 2^32": b"Nr\xff\xff\xff\xff0.",
@@ -113,7 +103,6 @@ ABUSE = {
     "no mark": b"N\x85t.",
     "many marks": b"(" * 500_000 + b".",
     "marks out of order": b"N(" + b"\x87" * 5 + b"t.",
-    "nothing to drop": b"0000.",
     "too many operations": b"N" * (MAX_OPERATIONS + 1) + b".",
     "many lists": b"]" * (MAX_OPERATIONS + 1) + b".",
     "deep lists": b"]" * (MAX_OPERATIONS // 3) + b"a" * (MAX_OPERATIONS // 3 - 1) + b".",
@@ -128,16 +117,12 @@ ABUSE = {
     "module in itself": item(text("G_ema"), LOOP) + text("x") + b"h\0" + text("loop") + b"h\1ss.",
     "odd items": b"}(" + text("G_ema") + b"u.",
     "items of a list": b"]" + text("x") + b"Ns.",
-    "append to a dict": b"}Na.",
-    "call of a number": b"K\1)R.",
     "call of a text": text("eval") + b")R.",
     "call without a tuple": b"ccollections\nOrderedDict\n]R.",
     "call of a type": call("torch", "FloatStorage", b"K\1\x85") + b".",
     "call with names": b"ccollections\nOrderedDict\n)}\x92.",
     "state of a number": b"K\1}b.",
-    "old text operation": b"S'x'\n.",
     "old instance": b"(ios\nsystem\n.",
-    "extension registry": b"\x82\1.",
     "persistent id": text("storage") + b"Q.",
     "nested, not bytes": call("torch.storage", "_load_from_bytes", b"K\1\x85") + b".",
     "nested zip": call("torch.storage", "_load_from_bytes", binary(b"PK\3\4") + b"\x85") + b".",
@@ -145,8 +130,6 @@ ABUSE = {
     "nested ever again": b"(ctorch.storage\n_load_from_bytes\nq\0" + STORAGE + b"\x85q\1"
     + b"h\0h\1R" * 20_000 + b"t.",  # three operations more for some 60: they count as one file's
     "long sizes": often(b"]" + LONG + b"e", b"torch\nSize", b"\x85"),
-    "long sets": often(b"]" + LONG + b"e", b"builtins\nset", b"\x85"),
-    "sets of bytes": often(binary(bytes(10**7)), b"builtins\nset", b"\x85"),
     "long calls": often(LONG + b"t", b"torch\ndevice"),
     "long names": text("x" * 10**7) + b"q\0" + text("x" * 10**7) + b"q\1"
     + b"h\0h\0\x93h\0h\1\x93" * 10_000 + b".",
@@ -188,44 +171,22 @@ def test_no_name_is_looked_up(refused, name, load):
         assert f"the name '{module}.{function}' is not allowed" in refused(data, (load, load))
 
 
-# ----------------------------------------------------------------------------------------------
-# Programs: a list of files and a list of doors
-
-
-def members(data):
-    """The members of a zip archive by name, without the folder they are in."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
-
-
-def zipped(files, method=zipfile.ZIP_STORED):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, data in files.items():
-            archive.writestr(f"archive/{name}", data)
-    return buffer.getvalue()
-
-
 class Script(torch.nn.Module):
     """Writes a file when it is opened: TorchScript runs __setstate__, and it can save."""
 
-    def forward(self, x):
-        return x
-
     @torch.jit.export
     def __getstate__(self):
-        return "pwned", self.training
+        return self.training
 
     @torch.jit.export
-    def __setstate__(self, state: tuple[str, bool]):
-        self.training = state[1]
-        torch.save(torch.zeros(1), state[0])
+    def __setstate__(self, state: bool):
+        self.training = state
+        torch.save(torch.zeros(1), "pwned")
 
 
 def hostile(checkpoint):
     """{name: bytes}: golden files, and programs at any place of a checkpoint and an archive."""
-    names = ("nvidia_hostile", "nvidia_hostile_nested")
-    files = {f"golden {name}": (GOLDEN / f"{name}.pkl").read_bytes() for name in names}
+    files = {f"golden, {path}": path.read_bytes() for path in GOLDEN.glob("nvidia_hostile*.pkl")}
     contents = {"alone": Payload(), "in a list": [Payload()]}
     for key in ("g_ema", "G_ema", "latent_avg", "generator_config", "args", "state_dict"):
         contents[key] = {**checkpoint, key: Payload()}
@@ -233,10 +194,10 @@ def hostile(checkpoint):
     for name, content in contents.items():
         files |= {name: torch_save(content), f"{name}, old": torch_save(content, new=False)}
         files[f"{name}, pickle"] = dumps(content, 4)
-    files["script"] = torch.jit.script(Script()).save_to_buffer()
+    script = files["script"] = torch.jit.script(Script()).save_to_buffer()
     in_itself = b"\x80\x02c__torch__\nA\n)\x81q\x00}(X\x01\x00\x00\x00ah\x00ub."  # obj.a = obj
-    for number, data in enumerate((in_itself, dumps(Payload(), 2), dumps([Payload()], 2))):
-        files[f"script, {number}"] = zipped({**members(files["script"]), "data.pkl": data})
+    for data in (in_itself, dumps(Payload(), 2), dumps([Payload()], 2)):
+        files[f"script, {data}"] = zipped({**members(script), "data.pkl": data})
     return files
 
 
@@ -262,10 +223,6 @@ def test_no_program_is_run(tmp_path, monkeypatch, checkpoint, door):
         run(io.BytesIO(files[name]))
         assert marker.exists()  # so the test can fail
         marker.unlink()
-
-
-# ----------------------------------------------------------------------------------------------
-# Sizes that a file claims
 
 
 def test_legacy_compressed_and_strided_files_are_the_same(tmp_path, checkpoint):
@@ -355,19 +312,14 @@ def test_damaged_archives(refused, checkpoint):
         assert message in refused(data)
 
 
-# ----------------------------------------------------------------------------------------------
-# Structures that are valid pickles
-
-
 def test_wide_attributes(refused, checkpoint):
-    small = Generator(8, {4: 3, 8: 2}, w_dim=4, n_mlp=1).requires_grad_(False)
     wide = [1]
     for _ in range(60):
         wide = [wide, wide]
     root, block = [("", name) for name in ("z_dim", "c_dim", "img_channels")], "synthesis.b8"
     for path, name in (*root, (block, "architecture")):
-        network = changed(nvidia_module(small), path, **{name: wide})
-        assert f"{name} is a list" in refused(dumps({"G_ema": network}))
+        content = {"G_ema": network("variant_resnet", path, **{name: wide})}
+        assert f"{name} is a list" in refused(dumps(content))
     config = load_generator(TINY).config
     contents = [
         ({**config, name: value}, f"the config's {name} is ")
@@ -388,37 +340,25 @@ def test_trees_of_modules(refused):
         many = module("Many", {}, {f"x{i}": many for i in range(200)})
     absent = module("Leaf", {f"x{i}": None for i in range(9_999)})
     rich = module("Rich", **{f"x{i}": Call("a", "b") for i in range(10_000)})
-    broad, richer = (module("Broad", {}, {f"x{i}": x for i in range(9_000)}) for x in (absent, rich))
-    names = [module("Names", {}, {name: module("Leaf")}) for name in ("x" * 10**6, "")]
-    for network in (two, many, broad, richer, *names):
-        assert refused(dumps({"G_ema": network})).startswith("G_ema")
-
-
-# ----------------------------------------------------------------------------------------------
-# Damage at random: 2,000 files in a process of its own, and proof that the check can fail
+    broad = [module("Broad", {}, {f"x{i}": x for i in range(9_000)}) for x in (absent, rich)]
+    named = [module("Names", {}, {name: module("Leaf")}) for name in ("x" * 10**6, "")]
+    for root in (two, many, *broad, *named):
+        assert refused(dumps({"G_ema": root})).startswith("G_ema")
 
 
 def fuzz(folder, count, faulty=None):
-    """faulty: the source of a loader that does wrong. -> the finished process, its lines"""
+    """-> exit code, the lines of a process. faulty: the source of a loader that does wrong."""
     code = "import pathlib, signal, torch; from tests.fuzz_checkpoints import main; hoard = []; "
     code += f"main(0, {count}, pathlib.Path({str(folder)!r}), {faulty})"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    return done, [json.loads(line) for line in done.stdout.splitlines()]
+    command, root = [sys.executable, "-W", "ignore", "-c", code], Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, timeout=600)
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
 def test_damaged_files_load_or_are_refused(tmp_path):
-    done, lines = fuzz(tmp_path, 2000)
-    assert done.returncode == 0, (done.returncode, sorted(tmp_path.iterdir())[-1], done.stderr)
-    *faults, summary = lines
-    assert not faults and summary["files"] == 2000 and summary["growth_mb"] < 1024
+    code, (*faults, summary) = fuzz(tmp_path, 2000)
+    assert code == 0 and not faults and summary["files"] == 2000 and summary["growth_mb"] < 1024
     assert 20 < summary["loaded"] < 1000  # neither harmless nor hopeless
 
 
@@ -427,8 +367,8 @@ def test_what_takes_all_memory_or_time_or_kills_is_seen(tmp_path):
     _, (first, _) = fuzz(tmp_path, 1, "lambda path: hoard.append(torch.ones(2**29))")
     assert "memory" in first["fault"] and (tmp_path / first["file"]).exists()
     for faulty in ("sum(range(10**10))", "signal.raise_signal(signal.SIGSEGV)"):
-        done, lines = fuzz(tmp_path, 1, f"lambda path: {faulty}")
-        assert done.returncode < 0 and not lines
+        code, lines = fuzz(tmp_path, 1, f"lambda path: {faulty}")
+        assert code < 0 and not lines
 
 
 def test_other_faults_are_seen(tmp_path):
