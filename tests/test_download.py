@@ -16,9 +16,10 @@ from checkpoints.download import download
 TINY = GOLDEN / "rosinality_tiny.pt"
 DATA = TINY.read_bytes()
 HALF, SHA256 = DATA[: len(DATA) // 2], hashlib.sha256(DATA).hexdigest()
+LENGTH = f"Content-Length: {len(DATA)}"
 
 
-def answer(data, length=f"Content-Length: {len(DATA)}", status="200 OK"):
+def answer(data, length=LENGTH, status="200 OK"):
     return f"HTTP/1.0 {status}\r\n{length}\r\n\r\n".encode() + data
 
 

@@ -93,38 +93,27 @@ STORAGE = TENSOR[TENSOR.index(b"B", TENSOR.index(b"_load_from_bytes")) :]
 STORAGE = STORAGE[: 5 + struct.unpack_from("<I", STORAGE, 1)[0]]
 ABUSE = {
     "empty": b"",
-    "no stop": b"\x80\x03N",
     "text of 2^63 bytes": b"\x8d" + struct.pack("<Q", 2**63) + b"x.",
     "frame of 2^63": b"\x80\x04\x95" + struct.pack("<Q", 2**63) + b"K\1.",
     "int in digits": b"L" + b"9" * 10_000_000 + b"L\n.",
     "endless line": b"c" + b"x" * 10_000_000,
     "memo slot 2^32": b"Nr\xff\xff\xff\xff0.",
-    "empty memo slot": b"h\5.",
-    "no mark": b"N\x85t.",
     "many marks": b"(" * 500_000 + b".",
     "marks out of order": b"N(" + b"\x87" * 5 + b"t.",
     "too many operations": b"N" * (MAX_OPERATIONS + 1) + b".",
-    "many lists": b"]" * (MAX_OPERATIONS + 1) + b".",
     "deep lists": b"]" * (MAX_OPERATIONS // 3) + b"a" * (MAX_OPERATIONS // 3 - 1) + b".",
     "deep tuples": DEEP + b".",
     "deep key": item(DEEP, b"N") + b".",
     "wide key": item(WIDE, b"N") + b".",
     "wide set": b"\x8f(" + WIDE + b"\x90.",
     "wide frozen set": b"(" + WIDE + b"\x91.",
-    "wide set from a call": call("builtins", "set", b"]" + WIDE + b"a\x85") + b".",
     "list in itself": item(text("G_ema"), b"]q\0h\0a") + b".",
     "dict in itself": b"}q\0" + text("G_ema") + b"h\0s.",
     "module in itself": item(text("G_ema"), LOOP) + text("x") + b"h\0" + text("loop") + b"h\1ss.",
-    "odd items": b"}(" + text("G_ema") + b"u.",
-    "items of a list": b"]" + text("x") + b"Ns.",
-    "call of a text": text("eval") + b")R.",
-    "call without a tuple": b"ccollections\nOrderedDict\n]R.",
     "call of a type": call("torch", "FloatStorage", b"K\1\x85") + b".",
     "call with names": b"ccollections\nOrderedDict\n)}\x92.",
     "state of a number": b"K\1}b.",
-    "old instance": b"(ios\nsystem\n.",
     "persistent id": text("storage") + b"Q.",
-    "nested, not bytes": call("torch.storage", "_load_from_bytes", b"K\1\x85") + b".",
     "nested zip": call("torch.storage", "_load_from_bytes", binary(b"PK\3\4") + b"\x85") + b".",
     "nested, no storage": nested(call("collections", "OrderedDict")) + b".",
     "nested ever again": b"(ctorch.storage\n_load_from_bytes\nq\0" + STORAGE + b"\x85q\1"
@@ -138,7 +127,6 @@ ABUSE = {
     "escape in a dict": item(text("g_ema"), ESCAPE) + b".",
     "keys of one hash": b"}(" + b"N".join(ONE_HASH) + b"Nu.",
     "set of one hash": b"\x8f(" + b"".join(ONE_HASH) + b"\x90.",
-    "tensor of a number": call("torch._utils", "_rebuild_tensor_v2", b"(K\1K\1K\1K\1t") + b".",
     "wide name": b"}(" + text("state_dict") + b"}" + text("name") + WIDE + b"u.",
     "wrappers in wrappers": item(text("module." * 10**6), b"N") + b".",
 }  # fmt: skip
@@ -259,12 +247,10 @@ def test_claims_of_a_storage_and_of_a_view(refused, checkpoint):
     checkpoint["g_ema"][BIAS] = torch.arange(24.0)
     files = members(torch_save(checkpoint))
     key = next(k for k, v in files.items() if v == torch.arange(24.0).numpy().tobytes())
-    program = files["data.pkl"]
-    start = program.index(text(key.removeprefix("data/")))
-    claim = program.index(b"K\x18t", start)  # the tuple ends in the number of elements
-    view = program.index(b"Q", start) + 1  # behind BINPERSID
+    program, plain = files["data.pkl"], f"'{BIAS}' is not a plain tensor of floats: "
+    claim = program.index(b"K\x18t", program.index(text(key.removeprefix("data/"))))
+    view = claim + 4  # behind the tuple that ends in the number of elements, and BINPERSID
     end = program.index(b"\x89h", view)  # requires_grad=False, then the OrderedDict of hooks
-    plain = f"'{BIAS}' is not a plain tensor of floats: "
     cases = [(view, end, shape, message) for shape, message in SHAPES]
     for number in (b"K\x19", b"J\xff\xff\xff\x7f", b"\x8a\x06\xff\xff\xff\xff\xff\x3f"):
         cases.append((claim, claim + 2, number, plain))
@@ -372,10 +358,9 @@ def test_what_takes_all_memory_or_time_or_kills_is_seen(tmp_path):
 
 
 def test_other_faults_are_seen(tmp_path):
+    def load(path):
+        raise CheckpointError(message)
+
     for message in (f"{tmp_path}: one\ntwo", "somewhere: something"):
-
-        def load(path, message=message):
-            raise CheckpointError(message)
-
         assert fault(load, tmp_path) == (f"message {message!r}", False)
     assert fault(lambda path: [][path], tmp_path)[0].startswith("TypeError: ")
