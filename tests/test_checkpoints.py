@@ -16,13 +16,10 @@ from checkpoints import load_generator, save_generator
 from checkpoints.files import write_atomically
 from checkpoints.stylegan2 import WANTED, read_checkpoint
 from stylegan2_ops import Generator
+from tests.nvidia_pickles import Payload
 
 TINY = GOLDEN / "rosinality_tiny.pt"
-BIAS, CONV = "convs.0.activate.bias", "convs.0.conv.weight"
-
-
-# ----------------------------------------------------------------------------------------------
-# Reading and writing
+BIAS = "convs.0.activate.bias"
 
 
 def test_reads_sizes_off_the_tensors(checkpoint):
@@ -30,32 +27,28 @@ def test_reads_sizes_off_the_tensors(checkpoint):
     assert generator.resolution == 32 and generator.n_mlp == 4 and generator.w_dim == 32
     assert generator.channels == {4: 32, 8: 24, 16: 24, 32: 16}
     assert not generator.training and not any(p.requires_grad for p in generator.parameters())
-    state = generator.state_dict()
-    assert state.keys() == checkpoint["g_ema"].keys()
-    assert all(torch.equal(state[name], checkpoint["g_ema"][name]) for name in state)
+    state, expected = generator.state_dict(), checkpoint["g_ema"]
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
     assert torch.equal(generator.w_avg, checkpoint["latent_avg"])
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("resolution", [8, 64])
-def test_round_trip(tmp_path, suffix, resolution):
-    generator = Generator(resolution, {4: 5, 8: 7, 16: 4, 32: 3, 64: 2}, w_dim=6, n_mlp=3)
+def test_round_trip(tmp_path, suffix):
+    generator, path = Generator(8, {4: 5, 8: 7}, w_dim=6, n_mlp=3), tmp_path / f"generator{suffix}"
     generator.w_avg.copy_(normal(6))
-    path = tmp_path / f"generator{suffix}"
     for _ in range(2):  # the second time over a file that is there
         save_generator(generator, path)
         assert os.listdir(tmp_path) == [path.name]
-    before = torch.random.get_rng_state()
     assert_same(load_generator(path), generator)
-    assert torch.equal(torch.random.get_rng_state(), before)
     if suffix == ".pt":
         saved = torch.load(path, weights_only=True)
         assert saved.keys() == {"g_ema", "latent_avg"}
         assert saved["g_ema"].keys() == generator.state_dict().keys()
     else:
         with safetensors.safe_open(path, "pt") as file:
-            assert "latent_avg" in file.keys()
-            assert f'"resolution": {resolution}' in file.metadata()["config"]
+            assert file.keys() == sorted([*generator.state_dict(), "latent_avg"])
+            assert '"resolution": 8' in file.metadata()["config"]
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -75,10 +68,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [path.name] and path.read_text() == "old"
 
 
-# ----------------------------------------------------------------------------------------------
-# Files that people have
-
-
 def test_adapted_generator_has_no_latent_avg(save, checkpoint):
     """Outputs of IPL and NADA: the centre is the mean w, the same on every reading."""
     path = save({"g_ema": checkpoint["g_ema"], "g_optim": {"state": {}, "param_groups": []}})
@@ -89,6 +78,9 @@ def test_adapted_generator_has_no_latent_avg(save, checkpoint):
     w = generator.mapping(normal(4096, 32, seed=7))
     assert (generator.w_avg - w.mean(0)).norm() < 0.1 * w.std(0).norm()
     assert_same(load_generator(save(checkpoint["g_ema"])), generator)  # a state dict alone
+    halves = {name: tensor.half() for name, tensor in checkpoint["g_ema"].items()}
+    state = load_generator(save(halves)).state_dict()
+    assert all(torch.equal(state[name], halves[name].float()) for name in state)
 
 
 def test_what_is_not_learned_may_be_missing(save, checkpoint):
@@ -114,28 +106,20 @@ def test_wrappers_are_left_out(save, checkpoint, prefix):
             assert_same(load_generator(path), load_generator(TINY))
 
 
-@pytest.mark.parametrize("name", ["g", "g.pt", "g.pkl", "g.safetensors"])
-def test_the_content_says_the_format(tmp_path, name):
+def test_the_content_says_the_format(tmp_path):
     save_generator(load_generator(TINY), tmp_path / "tiny.safetensors")
     for source in (TINY, GOLDEN / "nvidia_tiny.pkl", tmp_path / "tiny.safetensors"):
-        (tmp_path / name).write_bytes(source.read_bytes())
-        assert_same(load_generator(tmp_path / name), load_generator(source))
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch pwned",)
+        for name in ("g", "g.pt", "g.pkl", "g.safetensors"):
+            (tmp_path / name).write_bytes(source.read_bytes())
+            assert_same(load_generator(tmp_path / name), load_generator(source))
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_other_values_beside_the_generator_stay_unread(tmp_path, monkeypatch, save, protocol):
-    monkeypatch.chdir(tmp_path)
+def test_other_values_beside_the_generator_stay_unread(save, protocol):
     content, expected = torch.load(TINY, weights_only=True), load_generator(TINY)
     known = [b"x", b"", {1}, np.float64(0.5), np.arange(3), torch.device("cpu"), {0.5: 1, (1,): 3}]
-    args = argparse.Namespace(size=32, path="data")
-    content |= {"g": {}, "d": {}, "g_optim": {}, "d_optim": {}, "args": args, "ada_aug_p": 0.1}
-    path = save({**content, "iter": known}, pickle_protocol=protocol)
-    assert_same(load_generator(path), expected)  # without a word
+    content |= {"g": {}, "d_optim": {}, "args": argparse.Namespace(size=32), "iter": known}
+    assert_same(load_generator(save(content, pickle_protocol=protocol)), expected)  # no warning
     with pytest.warns(UserWarning, match="ignored 'colour'"):
         assert_same(load_generator(save({**content, "colour": 1})), expected)
     inside = [1]
@@ -153,43 +137,20 @@ def test_other_values_beside_the_generator_stay_unread(tmp_path, monkeypatch, sa
         path = save({**content, "args": {"value": value}}, pickle_protocol=protocol)
         with pytest.warns(UserWarning, match=f"left unread, as nothing is run: .*'{name}"):
             assert_same(load_generator(path), expected)
-    assert not Path("pwned").exists()
-
-
-def test_other_types_are_read_as_float32(save, checkpoint):
-    half = {name: tensor.half() for name, tensor in checkpoint["g_ema"].items()}
-    generator = load_generator(save({**checkpoint, "g_ema": half}))
-    assert {tensor.dtype for tensor in generator.state_dict().values()} == {torch.float32}
-    torch.testing.assert_close(generator.convs[0].conv.weight, half[CONV].float())
-
-
-# ----------------------------------------------------------------------------------------------
-# Refusals
 
 
 def test_missing_and_damaged_files(tmp_path):
     said = refusal(load_generator, tmp_path / "x.pt")
     assert said == f"No such file or directory; wanted: {WANTED}"
     assert refusal(load_generator, tmp_path) == f"Is a directory; wanted: {WANTED}"
-    for suffix in (".pt", ".safetensors"):
-        path = tmp_path / f"generator{suffix}"
-        save_generator(load_generator(TINY), path)
-        data, page = path.read_bytes(), b"<!DOCTYPE html><title>Sign in</title>"
+    page, path = b"<!DOCTYPE html><title>Sign in</title>", tmp_path / "generator.safetensors"
+    save_generator(load_generator(TINY), path)
+    for data in (TINY.read_bytes(), path.read_bytes()):
         for damaged in (b"", data[:-1], data[: len(data) // 2], data[:10], bytes(len(data)), page):
             path.write_bytes(damaged)
             said = refusal(load_generator, path)
             assert said.startswith("damaged, ")
-        assert "or written by neither pickle nor torch.save (" in said
-
-
-@pytest.mark.parametrize("name", [CONV, "noises.noise_2", "latent_avg"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
-def test_what_is_not_finite_is_named(save, checkpoint, name, value):
-    state = checkpoint if name == "latent_avg" else checkpoint["g_ema"]
-    state[name] = state[name].double()  # 1e300 is infinite as float32
-    state[name].view(-1)[3] = value
-    for load in (load_generator, read_checkpoint):
-        assert refusal(load, save(checkpoint)).startswith(f"not finite: '{name}'")
+    assert "or written by neither pickle nor torch.save (" in said
 
 
 def test_weights_that_make_no_finite_w(save, checkpoint):
@@ -199,39 +160,38 @@ def test_weights_that_make_no_finite_w(save, checkpoint):
 
 
 CLIP, NOT = torch.load(GOLDEN / "clip_tiny.pt", weights_only=True), "not a generator checkpoint"
+ONE, PLAIN = torch.zeros(1), f"'{BIAS}' is not a plain tensor of floats"
+LACKS = "not a rosinality generator, it lacks"
 OTHERS = [  # content: message
     ([1, 2], f"{NOT}; "),
-    (torch.zeros(2), f"{NOT}; "),
+    (ONE, f"{NOT}; "),
     ({}, f'{NOT}, it has no "g_ema" or "G_ema"; '),
     ({"g": {}}, f'{NOT}, it has no "g_ema"; '),
     ({"G": {}, "G_ema": None}, f'{NOT}, it has no "G_ema"; '),
-    (
-        {"g_ema": Payload()},
-        f"{NOT}, it has no \"g_ema\", but the name 'posix.system' is not allowed",
-    ),
+    ({"g_ema": Payload()}, f"{NOT}, it has no \"g_ema\", but the name 'posix.system' is not all"),
     (Payload(), "the name 'posix.system' is not allowed; "),
     (CLIP, "a CLIP, not a generator; "),
     ({"g_ema": CLIP}, "a CLIP, not a generator; "),
-    (
-        {"g_ema": {"x": torch.zeros(1)}},
-        "not a rosinality generator, it lacks 'input.input', 'conv1.",
-    ),
-    ({"g_ema": {"synthesis.b4.const": torch.zeros(1)}}, "NVIDIA's tensors without"),
+    ({"g_ema": {"x": ONE}}, f"{LACKS} 'input.input', 'conv1."),
+    ({"g_ema": {"synthesis.b4.const": ONE}}, "NVIDIA's tensors without"),
 ]
-PLAIN = f"'{BIAS}' is not a plain tensor of floats"
-CHANGES = [  # name in the state dict, its value: message
-    ("style.1.bias", "missing", "it lacks 'style.1.bias'"),
-    ("convs.5.conv.weight", "missing", "it lacks 'convs.5.conv.weight'"),
-    ("to_rgbs.2.bias", "missing", "it lacks 'to_rgbs.2.bias'"),
-    ("convs.6.conv.weight", torch.zeros(1), "it has 'convs.6.conv.weight'"),
-    ("convs.99.conv.weight", torch.zeros(1), "the config's resolution is "),
+CHANGES = [  # name in the checkpoint or its state dict, its value if it is not missing: message
+    ("latent_avg", torch.zeros(31), '"latent_avg" is not a vector of 32'),
+    ("latent_avg", torch.zeros(32, dtype=torch.int64), '"latent_avg" is not a vector of 32'),
+    ("style.1.bias", "missing", f"{LACKS} 'style.1.bias'"),
+    ("convs.5.conv.weight", "missing", f"{LACKS} 'convs.5.conv.weight'"),
+    ("convs.6.conv.weight", ONE, "not a rosinality generator, it has 'convs.6.conv.weight'"),
+    ("convs.99.conv.weight", ONE, "the config's resolution is "),
     ("style.2.weight", torch.zeros(32, 16), "style.2.weight is (32, 16), not (32, 32)"),
     ("to_rgb1.bias", torch.zeros(3), "to_rgb1.bias is (3,), not (1, 3, 1, 1)"),
-    ("convs.0.conv.blur.kernel", torch.zeros(3, 3), "kernel is (3, 3), not (4, 4)"),
-    ("noises.noise_6", torch.zeros(3, 3), "noises.noise_6 is (3, 3), not (1, 1, 32, 32)"),
+    ("convs.0.conv.blur.kernel", ONE, "convs.0.conv.blur.kernel is (1,), not (4, 4)"),
+    ("noises.noise_6", ONE, "noises.noise_6 is (1,), not (1, 1, 32, 32)"),
+    ("latent_avg", torch.full([32], torch.nan), "not finite: 'latent_avg'"),
+    ("noises.noise_2", torch.full([1, 1, 8, 8], torch.inf), "not finite: 'noises.noise_2'"),
+    (BIAS, torch.full([24], 1e300, dtype=torch.float64), f"not finite: '{BIAS}'"),  # as float32
     (BIAS, None, PLAIN),
     (BIAS, torch.zeros(24, dtype=torch.int64), PLAIN),
-    (BIAS, torch.zeros(1).expand(10**12), PLAIN),
+    (BIAS, ONE.expand(10**12), PLAIN),
     (BIAS, torch.zeros(24).to_sparse(), f"{PLAIN}: the name 'torch._utils._rebuild_sp"),
     (BIAS, Payload(), f"{PLAIN}: the name 'posix.system' is not allowed"),
 ]
@@ -240,14 +200,14 @@ CHANGES = [  # name in the state dict, its value: message
 def test_other_files(save, checkpoint):
     for content, message in OTHERS:
         assert refusal(load_generator, save(content)).startswith(message)
-    for value in (0.5, torch.zeros(31), torch.zeros(32, dtype=torch.int64)):
-        said = refusal(load_generator, save({**checkpoint, "latent_avg": value}))
-        assert said == '"latent_avg" is not a vector of 32'
     for name, value, message in CHANGES:
-        state = {**checkpoint["g_ema"], name: value}
+        content = {**checkpoint, "g_ema": dict(checkpoint["g_ema"])}
+        part = content if name == "latent_avg" else content["g_ema"]
+        part[name] = value
         if isinstance(value, str):
-            del state[name]
-        assert message in refusal(load_generator, save({**checkpoint, "g_ema": state}))
+            del part[name]
+        for load in (load_generator, read_checkpoint):
+            assert refusal(load, save(content)).startswith(message)
 
 
 def test_a_small_file_makes_no_large_noise(save):
@@ -255,4 +215,4 @@ def test_a_small_file_makes_no_large_noise(save):
         state = Generator(4096, {2**k: 1 for k in range(2, 13)}, w_dim=1, n_mlp=1).state_dict()
     state = {n: torch.zeros(x.shape) for n, x in state.items() if not n.startswith("noises.")}
     said = refusal(load_generator, save({"g_ema": state}))
-    assert said.startswith("not a rosinality generator, it lacks 'noises.noise_0'")
+    assert said.startswith(f"{LACKS} 'noises.noise_0'")

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-import zipfile
 from pathlib import Path
 
 import clip
@@ -14,44 +13,28 @@ from conftest import GOLDEN, close, refusal, rng
 import ipl
 import miniature
 from checkpoints.clip import KIND, NUMBERS, RELEASED, _check, read_clip
-from tests.nvidia_pickles import dumps
+from tests.nvidia_pickles import Payload, dumps
 
 TINY = torch.load(GOLDEN / "clip_tiny.pt", weights_only=True)
 
 
-def save_archive(model, path, size):
+def save_archive(model, path):
     """A TorchScript archive as OpenAI's: traced modules, and three sizes among the buffers."""
-    stored = model.state_dict()
-    model = copy.deepcopy(model).float()
+    model, size = copy.deepcopy(model), model.visual.input_resolution
     for key, number in zip(NUMBERS, (size, 77, 49408), strict=True):
         if hasattr(model, key):
             delattr(model, key)
         model.register_buffer(key, torch.tensor(number))
     with warnings.catch_warnings(action="ignore"):
         example = {"encode_image": torch.zeros(1, 3, size, size)}
-        traced = torch.jit.trace_module(model, example, check_trace=False)
-        for key, x in (*traced.named_parameters(), *traced.named_buffers()):
-            if key in stored:
-                x.data = stored[key]
-        traced.save(str(path))
-
-
-@pytest.fixture
-def archive(tmp_path):
-    """The tiny CLIP as an archive."""
-    save_archive(clip.model.build_model(dict(TINY)), tmp_path / "archive.pt", 32)
-    return tmp_path / "archive.pt"
-
-
-# ----------------------------------------------------------------------------------------------
-# Read
+        torch.jit.trace_module(model, example, check_trace=False).save(str(path))
 
 
 @pytest.mark.parametrize("path", [GOLDEN / "clip_tiny.pt", miniature.CLIP], ids=["ViT", "ResNet"])
 def test_an_archive_gives_the_features_of_the_model(tmp_path, path):
     model = clip.model.build_model(torch.load(path, weights_only=True))  # in float16, as published
     size = model.visual.input_resolution
-    save_archive(model, tmp_path / "archive.pt", size)
+    save_archive(model, tmp_path / "archive.pt")
     state, expected = read_clip(tmp_path / "archive.pt"), model.state_dict()
     assert state.keys() == {key for key, x in expected.items() if x.is_floating_point()}
     for key, x in state.items():
@@ -64,11 +47,10 @@ def test_an_archive_gives_the_features_of_the_model(tmp_path, path):
     assert transform(torch.zeros(1, 3, 64, 64)).shape == (1, 3, size, size)
 
 
-def test_all_formats(save, archive):
+def test_all_formats(save):
     wrapped = {f"module.{key}": x for key, x in TINY.items()}
     own = {"state_dict": TINY, "epoch": 1, "name": "ViT-B-32-quickgelu"}  # of open_clip
     for path, said in {
-        archive: "",
         save(TINY, "a"): "",
         save(TINY, "b", _use_new_zipfile_serialization=False): "",
         save(TINY, "c.pt", safetensors.torch.save_file): "",
@@ -98,8 +80,7 @@ def test_the_released_architectures_are_known(name):
     text = (77, 49408, text_width, text_width // 64, text_layers)
     with torch.device("meta"):
         state = clip.model.CLIP(features, 224, layers, width, patch, *text).state_dict()
-    state = {key: x for key, x in state.items() if x.is_floating_point()}
-    assert _check(state) == RELEASED[name]
+    assert _check({k: x for k, x in state.items() if x.is_floating_point()}) == RELEASED[name]
 
 
 def test_other_architectures_are_told(save):
@@ -110,87 +91,24 @@ def test_other_architectures_are_told(save):
         read_clip(path)
 
 
-# ----------------------------------------------------------------------------------------------
-# Refused
-
-
-class Call:
-    def __reduce__(self):
-        return Path.touch, (Path("pwned"),)
-
-
-class Hostile(torch.nn.Module):
-    """Writes a file when it is opened: TorchScript runs __setstate__, and it can save."""
-
-    def __init__(self, marker: str):
-        super().__init__()
-        self.marker = marker
-
-    def forward(self, x):
-        return x
-
-    @torch.jit.export
-    def __getstate__(self):
-        return self.marker, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[str, bool]):
-        self.marker, self.training = state
-        torch.save(torch.zeros(1), self.marker)
-
-
-def test_code_of_an_archive_is_not_run(tmp_path):
-    path, marker = tmp_path / "archive.pt", tmp_path / "pwned"
-    with warnings.catch_warnings(action="ignore"):
-        torch.jit.script(Hostile(str(marker))).save(str(path))
-        marker.unlink(missing_ok=True)  # to save it may run it as well
-        assert refusal(read_clip, path) and not marker.exists()
-        torch.jit.load(str(path))
-    assert marker.exists()  # so the test can fail
-
-
-def test_other_pickles_in_an_archive(tmp_path, monkeypatch, archive):
-    monkeypatch.chdir(tmp_path)
-    own = b"\x80\x02c__torch__\nA\n)\x81q\x00}(X\x01\x00\x00\x00ah\x00ub."  # obj.a = obj
-    inner = [dumps(x, 2) for x in (Call(), [Call()], 5, {"visual": None}, ())]
-    for pickled in (own, *inner):
-        with zipfile.ZipFile(archive) as old, zipfile.ZipFile("other.pt", "w") as new:
-            for name in old.namelist():
-                new.writestr(name, pickled if name.endswith("/data.pkl") else old.read(name))
-        assert refusal(read_clip, "other.pt")
-    assert not Path("pwned").exists()
-
-
 NARROW = clip.model.CLIP(8, 32, 1, 64, 8, 77, 50, 96, 1, 1).state_dict()
 DEEP = {f"transformer.resblocks.{i}.ln_1.weight": torch.zeros(64) for i in range(101)}
 OTHERS = [  # content, or changes of one that is right: message
     ([1], f"no state dict; wanted: the state dict of {KIND}"),
-    (Call(), "the name '"),
-    ({}, f"not {KIND}, it lacks 'text_projection'"),
-    ({"text_model.embeddings.position_ids": torch.zeros(1)}, f"not {KIND}, it lacks 'text_proj"),
+    (Payload(), "the name 'posix.system' is not allowed"),
+    (dict(text_model=torch.zeros(1)), f"not {KIND}, it lacks 'text_projection'"),
     (NARROW, "widths 64 and 96; wanted: multiples of 64, as OpenAI's"),
-    ({**TINY, **DEEP}, "more than 100 layers; wanted: at most 36, as OpenAI's"),
-    ({**TINY, "logit_bias": torch.zeros(1)}, f"not {KIND}, it has 'logit_bias'"),
-    ({**TINY, "ln_final.bias": torch.zeros(3)}, "ln_final.bias is (3,), not (64,)"),
-    ({**TINY, "text_projection": torch.zeros(3)}, "text_projection is (3,); wanted: 2 dimensions"),
-    (
-        {**TINY, "logit_scale": torch.tensor(torch.nan)},
-        "not finite: 'logit_scale'; wanted: another",
-    ),
-    (
-        {**TINY, "ln_final.bias": Call()},
-        "'ln_final.bias' is not a plain tensor of floats: the name",
-    ),
-    (
-        {k: x for k, x in TINY.items() if k != "visual.proj"},
-        f"not {KIND}, it lacks 'visual.layer1.",
-    ),
+    (TINY | DEEP, "more than 100 layers; wanted: at most 36, as OpenAI's"),
+    (TINY | {"logit_bias": torch.zeros(1)}, f"not {KIND}, it has 'logit_bias'"),
+    (TINY | {"ln_final.bias": torch.zeros(3)}, "ln_final.bias is (3,), not (64,)"),
+    (TINY | {"text_projection": torch.zeros(3)}, "text_projection is (3,); wanted: 2 dimensions"),
+    (TINY | {"logit_scale": torch.tensor(torch.nan)}, "not finite: 'logit_scale'; wanted: anoth"),
+    (TINY | {"ln_final.bias": Payload()}, "'ln_final.bias' is not a plain tensor of floats: the n"),
+    ({k: x for k, x in TINY.items() if k != "visual.proj"}, f"not {KIND}, it lacks 'visual.layer"),
     ({k: x for k, x in TINY.items() if k != "ln_final.bias"}, f"not {KIND}, it lacks 'ln_final.b"),
 ]
 
 
-def test_other_files(tmp_path, monkeypatch, save):
-    monkeypatch.chdir(tmp_path)
+def test_other_files(save):
     for content, message in OTHERS:
         assert refusal(read_clip, save(content)).startswith(message)
-    assert not Path("pwned").exists()

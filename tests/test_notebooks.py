@@ -124,7 +124,7 @@ def run_setups(folder, repository):
 def test_first_cell_clones_where_nothing_is(tmp_path):
     found = run_setups(tmp_path, "")
     assert "FileNotFoundError" in found.stderr and "REPOSITORY" in found.stderr
-    for folder in (tmp_path, tmp_path, tmp_path / "ipl" / "miniature"):  # once, and found again
+    for folder in (tmp_path, tmp_path, tmp_path / "ipl" / "docs"):  # once, and found again
         found = run_setups(folder, str(FOLDER.parent))
         assert found.stdout.strip() == str(tmp_path / "ipl"), found.stderr
 

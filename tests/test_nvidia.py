@@ -12,10 +12,10 @@ from checkpoints import load_generator, save_generator
 from checkpoints.nvidia import _names
 from checkpoints.stylegan2 import read_checkpoint
 from stylegan2_ops import Generator
-from tests.nvidia_pickles import Call, dumps, module, nvidia_module, nvidia_pickle, torch_save
+from tests.nvidia_pickles import Call, changed, dumps, module, network, torch_save
 
-VARIANTS = ("clamp", "cond", "resnet")
-FILES = ["nvidia_tiny", "nvidia_tiny_py311", *(f"nvidia_variant_{name}" for name in VARIANTS)]
+FILES = ["nvidia_tiny", "nvidia_tiny_py311"]
+FILES += [f"nvidia_variant_{name}" for name in ("clamp", "cond", "resnet")]
 IO = {  # their golden numbers
     name: torch.load(GOLDEN / f"{name.removesuffix('_py311')}_io.pt", weights_only=True)
     for name in FILES
@@ -32,47 +32,25 @@ def golden_close(actual, expected):
     close(actual, expected, rtol=0, scale=3e-6)
 
 
-# ----------------------------------------------------------------------------------------------
-# Golden numbers
-
-
 @pytest.mark.parametrize("name", FILES)
-def test_images_mapping_and_truncation(name):
+def test_images_gradient_mapping_and_truncation(name):
     golden, generator = IO[name], load(name)
+    kinds = {"psi1": "const", "plus": "ws_plus_const", "mix": "ws_mix_const"}
     for w in ("psi1", "psi07", "psi05_cutoff3", "plus", "mix"):
-        kind = {"psi1": "const", "plus": "ws_plus_const", "mix": "ws_mix_const"}
-        image = golden[f"image_{kind.get(w, f'const_{w}')}"]
+        image = golden[f"image_{kinds.get(w, f'const_{w}')}"]
         golden_close(generator.synthesis(golden[f"ws_{w}"]), image)
+    w = golden["ws_plus"].clone().requires_grad_()
+    (generator.synthesis(w) * golden["grad"]["r"]).sum().backward()
+    close(w.grad, golden["grad"]["grad_ws_plus"])
     for noise in generator.noises.buffers():
         noise.zero_()
     golden_close(generator.synthesis(golden["ws_psi1"]), golden["image_none"])
     golden_close(generator.synthesis(golden["ws_psi07"]), golden["image_none_psi07"])
     for i, z in enumerate(golden["z"]):
-        class_index = None if golden["c"] is None else int(golden["c"][i].argmax())
-        generator = load(name, class_index)
+        generator = load(name, None if golden["c"] is None else int(golden["c"][i].argmax()))
         w = generator.mapping(z[None])[0]
         golden_close(w, golden["w"][i])
         golden_close(generator.w_avg.lerp(w, 0.7), golden["ws_psi07"][i, 0])
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_layers_and_gradient(name):
-    golden, generator = IO[name], load(name)
-    outputs, expected = {}, golden["layer_outputs_const_z0"]
-    for key in expected:
-        if "conv" in key:  # ours sums the image up within ToRGB
-            size, index = int(key[1:].split(".")[0]), int(key[-1])
-            ours = "conv1" if size == 4 else f"convs.{2 * size.bit_length() - 8 + index}"
-            generator.get_submodule(ours).register_forward_hook(
-                lambda module, args, output, key=key: outputs.update({key: output})
-            )
-    generator.synthesis(golden["ws_psi1"][:1])
-    assert len(outputs) == generator.num_ws - 1
-    for key, output in outputs.items():
-        golden_close(output, expected[key])
-    w = golden["ws_plus"].clone().requires_grad_()
-    (generator.synthesis(w) * golden["grad"]["r"]).sum().backward()
-    close(w.grad, golden["grad"]["grad_ws_plus"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -80,9 +58,9 @@ def test_every_tensor_is_that_of_g_ema(name):
     expected = IO[name]["expected"]["G_ema"]
     layout, config, state, w_avg, beside = read_checkpoint(GOLDEN / f"{name}.pkl")
     assert layout == "NVIDIA's"
-    names = _names(
-        list(config["channels"]), *(config[x] for x in ("n_mlp", "c_dim", "architecture"))
-    )
+    assert beside == ["training_set_kwargs", "G", "D", "augment_pipe"]
+    kind = (config[x] for x in ("n_mlp", "c_dim", "architecture"))
+    names = _names(list(config["channels"]), *kind)
     assert state.keys() == names.keys()
     tensors = {names[ours]: t / 4 if ours.endswith("kernel") else t for ours, t in state.items()}
     tensors["mapping.w_avg"] = w_avg
@@ -90,56 +68,40 @@ def test_every_tensor_is_that_of_g_ema(name):
         digest = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
         assert digest == expected[theirs]["sha256"], theirs
         assert tensor.numel() == torch.Size(expected[theirs]["shape"]).numel()
-    unused = expected.keys() - tensors.keys()
-    assert all(name.endswith("resample_filter") for name in unused)
-    assert beside == ["training_set_kwargs", "G", "D", "augment_pipe"]
+    assert all(name.endswith("resample_filter") for name in expected.keys() - tensors.keys())
 
 
 def test_same_as_the_converted_file():
     assert_same(load("nvidia_tiny"), load_generator(GOLDEN / "nvidia_tiny_as_rosinality.pt"))
 
 
-# ----------------------------------------------------------------------------------------------
-# Classes, clamp, float16
-
-
 def test_conditional_needs_a_class(tmp_path):
-    path, other = GOLDEN / "nvidia_variant_cond.pkl", GOLDEN / "nvidia_tiny.pkl"
+    path, saved = GOLDEN / "nvidia_variant_cond.pkl", tmp_path / "g.safetensors"
     for wrong in (None, 5, -1):
         said = refusal(load_generator, path, class_index=wrong)
-        assert said.startswith(f"class {wrong} of 5 classes; wanted: a class index")
-        assert said.endswith(" from 0 to 4")
-    said = refusal(load_generator, other, class_index=0)
+        assert said.startswith(f"class {wrong} of 5 classes; ") and said.endswith(" from 0 to 4")
+    said = refusal(load_generator, GOLDEN / "nvidia_tiny.pkl", class_index=0)
     assert said == "class 0 of no classes; wanted: no class index"
     generator = load_generator(path, class_index=3)
-    save_generator(generator, tmp_path / "g.safetensors")
-    assert load_generator(tmp_path / "g.safetensors").class_index == 3
-    assert load_generator(tmp_path / "g.safetensors", class_index=1).class_index == 1
+    save_generator(generator, saved)
+    assert load_generator(saved).class_index == 3
+    assert load_generator(saved, class_index=1).class_index == 1
     generator.class_index = None
     with pytest.raises(ValueError, match="class_index must be below 5, not None"):
         generator.mapping(torch.zeros(1, 16))
 
 
-def layer_outputs(generator):
-    """A list to which the convolutions append what they return."""
+@pytest.mark.parametrize("name", ["nvidia_variant_clamp", "nvidia_variant_resnet"])
+def test_clamp_and_float16_blocks(name):
+    """float16 on a CUDA device only; here the CPU is taken for one."""
+    generator, w = load(name), IO[name]["ws_plus"]
     outputs = []
     for layer in [generator.conv1, *generator.convs]:
         layer.register_forward_hook(lambda module, args, output: outputs.append(output))
-    return outputs
-
-
-def test_clamp_bounds_every_layer():
-    generator = load("nvidia_variant_clamp")
-    outputs = layer_outputs(generator)
-    generator.synthesis(IO["nvidia_variant_clamp"]["ws_plus"])
-    assert max(output.abs().max() for output in outputs) == 1.25
-
-
-@pytest.mark.parametrize("name", ["nvidia_variant_clamp", "nvidia_variant_resnet"])
-def test_float16_blocks(name):
-    """On a CUDA device only; here the CPU is taken for one."""
-    generator, w = load(name), IO[name]["ws_plus"]
-    exact, outputs = generator.synthesis(w), layer_outputs(generator)
+    exact = generator.synthesis(w)
+    if "clamp" in name:
+        assert max(output.abs().max() for output in outputs) == 1.25
+    outputs.clear()
     generator.fp16_device, generator.num_fp16_res = "cpu", 1
     generator.requires_grad_()
     image = generator.synthesis(w)
@@ -156,10 +118,9 @@ def test_float16_does_not_overflow():
         conv.conv.modulation.weight.data *= 1e4  # styles and weights beyond float16's 65504
         conv.conv.weight.data *= 1e5
     generator.fp16_device = "cpu"
-    w = normal(2, 8)
-    image = generator.synthesis(w)
+    image = generator.synthesis(normal(2, 8))
     generator.num_fp16_res = 0
-    exact = generator.synthesis(w)
+    exact = generator.synthesis(normal(2, 8))
     assert (image - exact).abs().max() < 1e-2 * exact.abs().max()
 
 
@@ -173,53 +134,56 @@ def test_on_a_gpu(name):
     close(image, IO[name]["image_ws_plus_const"], rtol=0, scale=tolerance)
 
 
-# ----------------------------------------------------------------------------------------------
-# Variants that have no golden numbers
-
-KINDS = {
-    "plain": {},
-    "orig": {"architecture": "orig"},
-    "narrow z": {"z_dim": 5},
-    "all": dict(architecture="resnet", c_dim=3, class_index=2, conv_clamp=256, z_dim=12,
-                num_fp16_res=1, n_mlp=2),
-}  # fmt: skip
-MISFITS = {
+MISFITS = {  # what rosinality's layout has no place for
+    "variant_clamp": None,
+    "variant_cond": "5 classes",
+    "variant_resnet": "the resnet architecture",
     "orig": "the orig architecture",
-    "narrow z": "z of 5 and w of 8 numbers",
-    "all": "3 classes",
 }
 
 
-def variant(name, resolution=16):
-    torch.manual_seed(0)
-    channels = {4: 10, 8: 9, 16: 7, 32: 4}
-    generator = Generator(resolution, channels, w_dim=8, **{"n_mlp": 3, **KINDS[name]})
-    generator.w_avg.copy_(torch.randn(8))
-    for parameter in generator.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return generator.requires_grad_(False)
+def variant(name):
+    """(NVIDIA's network, the generator that it is): golden ones, and one that is made of them."""
+    golden = "variant_resnet" if name == "orig" else name
+    root, read = network(golden), load(f"nvidia_{golden}")
+    if name != "orig":
+        return root, read
+    for size in (4, 8, 16):
+        changed(root, f"synthesis.b{size}", architecture="orig", skip=None)
+    generator = Generator(**{**read.config, "architecture": "orig"}).requires_grad_(False)
+    generator.load_state_dict(read.state_dict(), strict=False)  # without the skips
+    generator.w_avg.copy_(read.w_avg)
+    return root, generator
 
 
-@pytest.mark.parametrize("writer", [3, 4, 5, "torch.save", "torch.save, before 1.6", "alone"])
-@pytest.mark.parametrize("name", KINDS)
-def test_variants_are_read_and_kept(tmp_path, name, writer):
-    generator, path = variant(name), tmp_path / "network.pkl"
-    if type(writer) is int:
-        path.write_bytes(nvidia_pickle(generator, writer))
-    else:
-        network = nvidia_module(generator)
-        content = network if writer == "alone" else {"G": None, "D": None, "G_ema": network}
-        path.write_bytes(torch_save(content, new="before" not in writer))
-    read = load_generator(path, class_index=generator.class_index)
-    assert_same(read, generator)
-    save_generator(read, tmp_path / "network.safetensors")
+@pytest.mark.parametrize("name", MISFITS)
+def test_variants_are_read_and_kept(tmp_path, name):
+    (root, generator), path = variant(name), tmp_path / "network.pt"
+    content = {"G": None, "D": None, "G_ema": root}
+    written = [dumps(content, protocol) for protocol in (3, 4, 5)]
+    for data in (*written, *(torch_save(x, new) for x in (content, root) for new in (True, False))):
+        path.write_bytes(data)
+        assert_same(load_generator(path, class_index=generator.class_index), generator)
+    path.unlink()
+    save_generator(generator, tmp_path / "network.safetensors")
     assert_same(load_generator(tmp_path / "network.safetensors"), generator)
-    z = normal(2, generator.z_dim)
-    assert generator.synthesis(generator.mapping(z)).shape == (2, 3, 16, 16)
+    if misfit := MISFITS[name]:
+        said = refusal(lambda path: save_generator(generator, path), path)
+        expected = f"no place for {misfit} in rosinality's layout; wanted: a .safetensors file"
+        assert said == expected and not path.exists()
+        return
+    narrow = Generator(8, {4: 3, 8: 2}, w_dim=16, z_dim=5)
+    said = refusal(lambda path: save_generator(narrow, path), path)
+    assert said.startswith("no place for z of 5 and w of 16 numbers in rosinality's layout; ")
+    save_generator(generator, path)  # the clamp lies beside g_ema, where only we look
+    assert_same(load_generator(path), generator)
+    content = torch.load(path, weights_only=True)
+    assert content.keys() == {"g_ema", "latent_avg", "generator_config"}
+    assert content["g_ema"].keys() == Generator(16, generator.channels, 16, 2).state_dict().keys()
 
 
 def test_orig_is_the_convolutions_and_one_to_rgb():
-    generator, w = variant("orig"), normal(2, 8)
+    (_, generator), w = variant("orig"), normal(2, 16)
     noises = list(generator.noises.buffers())
     x = generator.conv1(generator.input.input.expand(2, -1, -1, -1), w, noises[0])
     for conv, noise in zip(generator.convs, noises[1:], strict=True):
@@ -228,76 +192,44 @@ def test_orig_is_the_convolutions_and_one_to_rgb():
     assert len(generator.layers()) == generator.num_ws == 6
 
 
-@pytest.mark.parametrize("name", MISFITS)
-def test_what_rosinalitys_layout_cannot_hold(tmp_path, name):
-    said = refusal(lambda path: save_generator(variant(name), path), tmp_path / "network.pt")
-    misfit = f"no place for {MISFITS[name]} in rosinality's layout"
-    assert said == f"{misfit}; wanted: a .safetensors file" and not list(tmp_path.iterdir())
-
-
-def test_clamp_and_float16_survive_in_rosinalitys_layout(tmp_path):
-    """Beside g_ema, where only we look: the layout itself has no place for them."""
-    generator = load("nvidia_variant_clamp")
-    save_generator(generator, tmp_path / "network.pt")
-    content = torch.load(tmp_path / "network.pt", weights_only=True)
-    assert content.keys() == {"g_ema", "latent_avg", "generator_config"}
-    assert content["g_ema"].keys() == Generator(16, generator.channels, 16, 2).state_dict().keys()
-    assert_same(load_generator(tmp_path / "network.pt"), generator)
-
-
-# ----------------------------------------------------------------------------------------------
-# Refusals
-
-
-def changed(path, **changes):
-    """A plain network with other attributes or parts in the module at `path`."""
-    root = nvidia_module(variant("plain"))
-    state = root.args[0]["state"]
-    for part in filter(None, path.split(".")):
-        state = state["_modules"][part].args[0]["state"]
-    for name, value in changes.items():
-        kinds = ("_parameters", "_buffers", "_modules")
-        kind = next((k for k in kinds if name in state[k]), "_modules" if name == "attn" else None)
-        (state[kind] if kind else state)[name] = value
-    return {"G_ema": root}
+def other(path, **changes):
+    return {"G_ema": network("variant_resnet", path, **changes)}
 
 
 SIGNAL = module("SynthesisInput", size=np.array([36, 36]), bandwidth=np.float64(2))
-SYNTHESIS = module("SynthesisNetwork", {}, {}, {"input": SIGNAL, "L0_36_512": module("L")})
-STYLEGAN3 = module("Generator", {}, {}, {"synthesis": SYNTHESIS, "mapping": module("M")})
+STYLEGAN3 = module("Generator", {}, {"synthesis": module("Synthesis", {}, {"input": SIGNAL})})
 TENSORFLOW = Call("dnnlib.tflib.network", "Network", {"version": 4})
-NAN, ATTENTION = torch.full([810], torch.nan), module("Attention", {"q": torch.zeros(2)})
-CONV, BLOCK = "synthesis.b8.conv0", "synthesis.b8"
+NAN, ATTENTION = torch.full([16, 16, 3, 3], torch.nan), {"a": module("A", {"q": torch.ones(2)})}
+FC, CONV, BLOCK = "mapping.fc0", "synthesis.b8.conv0", "synthesis.b8"
 DIFFER = "G_ema: its blocks differ in architecture, conv_clamp or use_fp16"
 OTHERS = [  # content: message
     ((TENSORFLOW, TENSORFLOW, TENSORFLOW), "a pickle of the TensorFlow era; wanted: "),
     ({"G": None, "G_ema": STYLEGAN3}, "G_ema is a StyleGAN3 generator; wanted: a StyleGAN2 "),
     ({"G": STYLEGAN3}, 'not a generator checkpoint, it has no "G_ema"; wanted: '),
-    (changed(BLOCK, attn=ATTENTION), f"G_ema is not a plain StyleGAN2 generator, it has '{BLOCK}"),
-    (changed("", img_channels=1), "G_ema.img_channels is 1; wanted: 3"),
-    (changed("", z_dim="8"), "the config's z_dim is '8'; wanted: 1 to 65535"),
-    (changed("", z_dim=[8]), "G_ema.z_dim is a list; wanted: a number"),
-    (changed("", z_dim=9), "style.1.weight is (8, 8), not (8, 9)"),
-    (changed("mapping.fc0", bias_gain=0.1), "G_ema.mapping.fc0.bias_gain is 0.1; wanted: 0.01"),
-    (changed(CONV, use_noise=False), f"G_ema.{CONV}.use_noise is False; wanted: True"),
-    (changed(CONV, activation="relu"), f"G_ema.{CONV}.activation is 'relu'; wanted: 'lrelu'"),
-    (changed(CONV, conv_clamp=1), DIFFER),
-    (changed(BLOCK, use_fp16=True), DIFFER),
-    (changed(CONV, weight=None), f"G_ema lacks '{CONV}.weight'"),
-    (changed(CONV, weight=5), f"'{CONV}.weight' is not a plain tensor of floats"),
-    (changed(CONV, weight=torch.zeros(9, 10, 3, 2)), "convs.0.conv.weight is (1, 9, 10, 3, 2)"),
-    (changed(CONV, weight=NAN[:810].view(9, 10, 3, 3)), "not finite: 'convs.0.conv.weight'"),
-    (changed("synthesis", b4=None), "G_ema is no StyleGAN2 generator: its blocks are not 4, 8,"),
-    (changed("synthesis", b8=3), "G_ema.synthesis.b8 is no module, or one of too many"),
-    (changed("mapping", w_avg=torch.zeros(7)), '"latent_avg" is not a vector of 8'),
-    (changed("mapping", w_avg=NAN[:8]), "not finite: 'latent_avg'"),
-    (changed("mapping", x=Call("a.b", "C")), "G_ema.mapping has 'x': the name 'a.b.C' is not"),
+    (other(FC, _modules=ATTENTION), f"G_ema is not a plain StyleGAN2 generator, it has '{FC}"),
+    (other("", img_channels=1), "G_ema.img_channels is 1; wanted: 3"),
+    (other("", z_dim="8"), "the config's z_dim is '8'; wanted: 1 to 65535"),
+    (other("", z_dim=[8]), "G_ema.z_dim is a list; wanted: a number"),
+    (other("", z_dim=9), "style.1.weight is (16, 16), not (16, 9)"),
+    (other(FC, bias_gain=0.1), f"G_ema.{FC}.bias_gain is 0.1; wanted: 0.01"),
+    (other(CONV, use_noise=False), f"G_ema.{CONV}.use_noise is False; wanted: True"),
+    (other(CONV, activation="relu"), f"G_ema.{CONV}.activation is 'relu'; wanted: 'lrelu'"),
+    (other(CONV, conv_clamp=1), DIFFER),
+    (other(BLOCK, use_fp16=True), DIFFER),
+    (other(CONV, weight=None), f"G_ema lacks '{CONV}.weight'"),
+    (other(CONV, weight=5), f"'{CONV}.weight' is not a plain tensor of floats"),
+    (other(CONV, weight=torch.zeros(9, 16, 3, 3)), "convs.0.conv.weight is (1, 9, 16, 3, 3)"),
+    (other(CONV, weight=NAN), "not finite: 'convs.0.conv.weight'"),
+    (other("synthesis", b4=None), "G_ema is no StyleGAN2 generator: its blocks are not 4, 8,"),
+    (other("synthesis", b8=3), "G_ema.synthesis.b8 is no module, or one of too many"),
+    (other("mapping", w_avg=torch.zeros(7)), '"latent_avg" is not a vector of 16'),
+    (other("mapping", w_avg=NAN[0, :, 0, 0]), "not finite: 'latent_avg'"),
+    (other("mapping", x=Call("a.b", "C")), "G_ema.mapping has 'x': the name 'a.b.C' is not"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(OTHERS)))
-def test_other_networks(tmp_path, number):
-    content, message = OTHERS[number]
+@pytest.mark.parametrize("content, message", OTHERS, ids=range(len(OTHERS)))
+def test_other_networks(tmp_path, content, message):
     path = tmp_path / "network.pkl"
     for data in (dumps(content, 3), dumps(content, pickle.HIGHEST_PROTOCOL), torch_save(content)):
         path.write_bytes(data)
