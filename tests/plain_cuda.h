@@ -26,7 +26,7 @@ static float widen(half x) { return c10::Half(x.bits, c10::Half::from_bits()); }
 static void narrow(float x, half& y) { y.bits = c10::Half(x).x; }
 
 #define PARAMETERS unsigned blocks, unsigned threads, int count, const int* bytes, void** arguments
-#define ARGUMENTS blocks, threads, count, bytes, arguments
+#define RUN(kernel) return run(kernel, blocks, threads, count, bytes, arguments);
 
 // The kernel over its grid, if each argument has as many bytes as the kernel takes. Else false.
 template <class... A>

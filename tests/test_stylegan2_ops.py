@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from conftest import GOLDEN, normal
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from stylegan2_ops import _cuda, bias_act, modulated_conv, modulated_conv2d, upfirdn2d
+from stylegan2_ops import _cuda, bias_act, modulated_conv2d, upfirdn2d
 from stylegan2_ops.upfirdn2d import downsample2d, filter2d, filter_size, setup_filter, upsample2d
 
 OPS = torch.load(GOLDEN / "ops.pt", weights_only=True)
 ACTIVATIONS = "linear relu lrelu tanh sigmoid elu selu softplus swish".split()
 ERROR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+HALVES = torch.float16, torch.bfloat16
 ASYMMETRIC = torch.linspace(-1, 2, 12).square().reshape(3, 4)  # no symmetry hides a flip
 
 
@@ -49,7 +50,7 @@ def compile_plain(kernels, folder):
         macros = {**dict(macros), name: f"kernel_{i}"}
         text += "".join(f"#define {macro} {value}\n" for macro, value in macros.items())
         text += f"namespace in_{i} {{\n{(_cuda.KERNELS / name).with_suffix('.cu').read_text()}"
-        text += f'extern "C" bool run_{i}(PARAMETERS) {{ return run(kernel_{i}, ARGUMENTS); }}\n}}\n'
+        text += f'extern "C" bool run_{i}(PARAMETERS) {{ RUN(kernel_{i}) }}\n}}\n'
         text += "".join(f"#undef {macro}\n" for macro in macros)
     source = folder / f"{len(list(folder.iterdir()))}.cpp"
     source.write_text(text)
@@ -125,25 +126,20 @@ def derivatives(function, inputs, r, along):
     return found | {f"grad2_{name}": g for name, g in zip(["r", *inputs], second, strict=True)}
 
 
-def conv(impl, **arguments):
-    """modulated_conv2d, which has no impl of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modulated_conv, "upfirdn2d", partial(upfirdn2d, impl=impl))
-        return modulated_conv2d(**arguments)
-
-
 def golden(function, case, impl, device):
     """Pairs (actual, published)."""
     more = {name: case[name] for name in ("f", "resample_filter") if name in case} | case["kwargs"]
+    if function is not modulated_conv2d:  # which takes the kernel on a GPU
+        more["impl"] = impl
     if "out" in case:
-        yield function(case["x"].to(device), **more, impl=impl), case["out"]
+        yield function(case["x"].to(device), **more), case["out"]
         return
     names = [x for x in ("x", "b", "weight", "styles", "noise") if case.get(x) is not None]
     along = [case.get(name, torch.ones(())) for name in ("v", "vb", "", "")]
     for published in [case] if "y" in case else [case["f32"], case["f64"]]:
         like = device, published["y"].dtype
         inputs = {name: case[name].detach().to(*like).requires_grad_() for name in names}
-        found = derivatives(partial(function, **more, impl=impl), inputs, case["r"], along)
+        found = derivatives(partial(function, **more), inputs, case["r"], along)
         for name, expected in published.items():
             if name.startswith(("y", "grad")) and expected is not None:
                 yield found[name], expected
@@ -192,13 +188,24 @@ def against_reference(random_case, seed, impl, device):
         if seed % 6 == 1:
             patch.setattr(_cuda, "INT_LIMIT", 0)
         actual = derivatives(partial(function, impl=impl), inputs, r, along)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            kept = actual["y"].is_contiguous(memory_format=layout)
+            assert kept or impl == "ref" or not inputs["x"].is_contiguous(memory_format=layout)
     expected = derivatives(partial(function, impl="ref"), exact, r, along)
     assert {y.dtype for y in actual.values()} == {dtype}
     return zip(actual.values(), expected.values(), strict=True)
 
 
-FUNCTIONS = {"upfirdn2d": upfirdn2d, "bias_act": bias_act, "modulated_conv2d": conv}
-FUNCTIONS |= {f.__name__: f for f in (downsample2d, filter2d, upsample2d)}
+def every_number(dtype, impl, device):
+    """Infinities, NaNs, and all others of 16 bits, in the order of their bits."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(1, -1).view(dtype)
+    for act in ACTIVATIONS:
+        y = bias_act(x.to(device), act=act, clamp=2, impl=impl)
+        yield y, bias_act(x.float(), act=act, clamp=2)
+
+
+FUNCTIONS = [upfirdn2d, bias_act, modulated_conv2d, downsample2d, filter2d, upsample2d]
+FUNCTIONS = {function.__name__: function for function in FUNCTIONS}
 COMPARISONS = {
     f"{kind} {case['name']} {i}": partial(golden, FUNCTIONS[case.get("fn", kind)], case)
     for kind in ("upfirdn2d", "helpers", "bias_act", "modulated_conv2d")
@@ -209,6 +216,7 @@ COMPARISONS = {
     for random_case, count in ((random_upfirdn2d, 12), (random_bias_act, 18))
     for seed in range(count)
 }
+COMPARISONS |= {f"every {dtype}": partial(every_number, dtype) for dtype in HALVES}
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
@@ -259,52 +267,37 @@ def test_filter_is_a_constant_not_larger_than_the_image(way):
         upfirdn2d(x, f, padding=-1, impl=impl)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_number_of_16_bits(dtype, way):
-    """Infinities, NaNs, zeros of both signs. Products are rounded to the nearest, ties to even."""
+@pytest.mark.parametrize("dtype", HALVES)
+def test_products_are_rounded_to_the_nearest(dtype, way):
+    """Ties to even; zeros keep their signs."""
     impl, device = way
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(1, -1).view(dtype)
     half = torch.finfo(dtype).eps / 2
     for gain in (1, 1 / 3, 3, 2**-10, 1 + half, 1 + 3 * half):
-        y, expected = bias_act(x.to(device), gain=gain, impl=impl).cpu(), (x.float() * gain).to(dtype)
-        bits = (t.masked_fill(t.isnan(), 7).view(torch.int16) for t in (y, expected))
+        y = bias_act(x.to(device), gain=gain, impl=impl).cpu(), (x.float() * gain).to(dtype)
+        bits = (t.masked_fill(t.isnan(), 7).view(torch.int16) for t in y)
         torch.testing.assert_close(*bits, rtol=0, atol=0)
-    for act in ACTIVATIONS:
-        y = bias_act(x.to(device), act=act, clamp=2, impl=impl)
-        close(y, bias_act(x.float(), act=act, clamp=2))
-
-
-def cuda_upfirdn2d(x):
-    return upfirdn2d(x, ASYMMETRIC, up=2, down=3, padding=(2, -1, 1, 3), impl="cuda")
 
 
 cuda_bias_act = partial(bias_act, impl="cuda")
 
 
 @kernels_only
-def test_types_and_orders_in_memory(way):
-    x, b = torch.randn(2, 3, 4, 5, device=way[1]), torch.zeros(3, device=way[1], requires_grad=True)
-    last = x.contiguous(memory_format=torch.channels_last)
-    for function in (cuda_upfirdn2d, cuda_bias_act):
-        assert function(x).is_contiguous()
-        assert function(last).is_contiguous(memory_format=torch.channels_last)
-    y = cuda_bias_act(x.half(), b)
-    assert y.dtype == torch.float16
-    close(grad(y.sum(), b)[0], torch.full((3,), 40))
-
-
-@kernels_only
 def test_what_derivatives_need(way):
     """lrelu keeps its result alone, which the next layer keeps anyway; a third there is not."""
     x, kept = torch.randn(2, 3, 4, device=way[1], requires_grad=True), []
+    b = torch.randn(3, device=way[1], requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = cuda_bias_act(x, torch.randn(3, device=way[1]), act="lrelu")
+        y = cuda_bias_act(x, b, act="lrelu")
     assert {t.data_ptr() for t in kept} == {y.data_ptr()}
     y = cuda_bias_act(x, act="tanh")
     for _ in range(2):
         (y,) = grad(y.sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="third derivative"):
         y.sum().backward()
+    y = cuda_bias_act(x.half(), b)  # of another type
+    assert y.dtype == torch.float16
+    close(grad(y.sum(), b)[0], torch.full((3,), 8))
 
 
 # opcheck looks at the .grad of tensors that are no leaves
@@ -323,16 +316,15 @@ def test_operators_are_well_formed(way):
 
 
 @kernels_only
-def test_compiles_without_a_graph_break(way):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic, way):
     def function(x, b):
-        return cuda_bias_act(cuda_upfirdn2d(x), b, act="lrelu")
+        return cuda_bias_act(upfirdn2d(x, ASYMMETRIC, up=2, impl="cuda"), b, act="lrelu")
 
     backend = "inductor" if way[1] == "cuda" else "aot_eager"
-    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
+    x = torch.randn(2, 3, 5, 5, device=way[1], requires_grad=True)
     b = torch.randn(3, device=way[1], requires_grad=True)
-    for size in (5, 7):  # the second with symbolic sizes
-        x = torch.randn(2, 3, size, size, device=way[1], requires_grad=True)
-        y, expected = compiled(x, b), function(x, b)
-        grads = (grad(out.square().sum(), (x, b)) for out in (y, expected))
-        for actual, wanted in zip((y, *next(grads)), (expected, *next(grads)), strict=True):
-            close(actual, wanted)
+    ys = [f(x, b) for f in (compiled, function)]
+    for y, expected in zip(*((y, *grad(y.square().sum(), (x, b))) for y in ys), strict=True):
+        close(y, expected)
