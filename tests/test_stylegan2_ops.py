@@ -5,7 +5,6 @@ below the real operators, and all is tested but the launch itself.
 """
 
 import ctypes
-import importlib
 import math
 import random
 import shutil
@@ -16,32 +15,25 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GOLDEN, normal
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 from stylegan2_ops import _cuda, bias_act, modulated_conv2d, upfirdn2d
+from stylegan2_ops.upfirdn2d import downsample2d, filter2d, filter_size, setup_filter, upsample2d
 
-# the package's functions of these names hide the modules
-resampling = importlib.import_module("stylegan2_ops.upfirdn2d")
-modulated_conv = importlib.import_module("stylegan2_ops.modulated_conv")
-
-HERE = Path(__file__).parent
-OPS = torch.load(HERE / "golden" / "ops.pt", weights_only=True)
+OPS = torch.load(GOLDEN / "ops.pt", weights_only=True)
 ACTIVATIONS = "linear relu lrelu tanh sigmoid elu selu softplus swish".split()
 ERROR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+HALVES = torch.float16, torch.bfloat16
 ASYMMETRIC = torch.linspace(-1, 2, 12).square().reshape(3, 4)  # no symmetry hides a flip
 
 
 def close(actual, expected):
     """Up to rounding in the type of actual, relative to the largest number."""
     expected, error = expected.detach().double(), ERROR[actual.dtype]
-    atol = error * max([0.0, *expected[expected.isfinite()].abs().flatten().tolist()])
+    atol = error * max(expected[expected.isfinite()].abs().tolist(), default=0)
     actual = actual.detach().cpu().double()
     torch.testing.assert_close(actual, expected, rtol=error, atol=atol, equal_nan=True)
-
-
-def doubles(*shape, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -56,15 +48,15 @@ def compile_plain(kernels, folder):
     text = '#include "plain_cuda.h"\n'
     for i, (name, macros) in enumerate(kernels):
         macros = {**dict(macros), name: f"kernel_{i}"}
-        text += f"namespace in_{i} {{\n"
         text += "".join(f"#define {macro} {value}\n" for macro, value in macros.items())
-        text += (_cuda.KERNELS / f"{name}.cu").read_text()
-        text += "".join(f"#undef {macro}\n" for macro in macros)
+        text += f"namespace in_{i} {{\n{(_cuda.KERNELS / name).with_suffix('.cu').read_text()}"
         text += f'extern "C" bool run_{i}(PARAMETERS) {{ RUN(kernel_{i}) }}\n}}\n'
+        text += "".join(f"#undef {macro}\n" for macro in macros)
     source = folder / f"{len(list(folder.iterdir()))}.cpp"
     source.write_text(text)
     options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC"]
-    options += [f"-I{HERE}", f"-I{_cuda.KERNELS}", "-o", source.with_suffix(".so")]
+    folders = [Path(__file__).parent, _cuda.KERNELS, Path(torch.__file__).parent / "include"]
+    options += [*(f"-I{x}" for x in folders), "-o", source.with_suffix(".so")]
     subprocess.run([compiler, source, *options], check=True)
     library = ctypes.CDLL(source.with_suffix(".so"))
     functions = {kernel: library[f"run_{i}"] for i, kernel in enumerate(kernels)}
@@ -134,23 +126,20 @@ def derivatives(function, inputs, r, along):
     return found | {f"grad2_{name}": g for name, g in zip(["r", *inputs], second, strict=True)}
 
 
-def golden(kind, case, impl, device):
+def golden(function, case, impl, device):
     """Pairs (actual, published)."""
     more = {name: case[name] for name in ("f", "resample_filter") if name in case} | case["kwargs"]
-    if kind == "helpers":
-        function = getattr(resampling, case["fn"])
-        yield function(case["x"].to(device), **more, impl=impl), case["out"]
+    if function is not modulated_conv2d:  # which takes the kernel on a GPU
+        more["impl"] = impl
+    if "out" in case:
+        yield function(case["x"].to(device), **more), case["out"]
         return
-    function = {"upfirdn2d": upfirdn2d, "bias_act": bias_act}.get(kind)
-    function = partial(function, impl=impl) if function else modulated_conv2d
     names = [x for x in ("x", "b", "weight", "styles", "noise") if case.get(x) is not None]
     along = [case.get(name, torch.ones(())) for name in ("v", "vb", "", "")]
     for published in [case] if "y" in case else [case["f32"], case["f64"]]:
         like = device, published["y"].dtype
         inputs = {name: case[name].detach().to(*like).requires_grad_() for name in names}
-        with pytest.MonkeyPatch.context() as patch:  # modulated_conv2d has no impl of its own
-            patch.setattr(modulated_conv, "upfirdn2d", partial(upfirdn2d, impl=impl))
-            found = derivatives(partial(function, **more), inputs, case["r"], along)
+        found = derivatives(partial(function, **more), inputs, case["r"], along)
         for name, expected in published.items():
             if name.startswith(("y", "grad")) and expected is not None:
                 yield found[name], expected
@@ -165,83 +154,69 @@ LAYOUTS = [  # orders in memory
 ]
 
 
-def against_reference(function, seed, impl, device, x, b=None):
-    """Pairs (actual, the reference's in float64), of inputs rounded to the type of the first."""
+def random_upfirdn2d(seed, draw):
+    sizes = [11, 9] if seed == 11 else [draw.randint(1, 5) for _ in ("yx" if seed % 3 else "x")]
+    up, down = [[draw.randint(1, 4), draw.randint(1, 4)] for _ in range(2)]
+    padding = [draw.randint(-1, 5) + (seed == 11) for _ in range(4)]
+    more = dict(f=torch.randn(sizes), up=up, down=down, padding=padding, flip_filter=seed % 2 == 1)
+    shape = draw.randint(0, 3), draw.randint(1, 5), draw.randint(7, 9), draw.randint(7, 9)
+    return partial(upfirdn2d, **more, gain=1.7), {"x": torch.randn(shape)}
+
+
+def random_bias_act(seed, draw):
+    shape = [draw.choice([1, 3, 4, 8]) for _ in range(draw.choice([1, 2, 3, 4, 4, 4]))]
+    dim, act = draw.randrange(-len(shape), len(shape)), ACTIVATIONS[seed % 9]
+    gain, alpha = draw.choice([None, 3, 0.7]), draw.choice([None, 0.1, 0])
+    more = dict(dim=dim, act=act, gain=gain, alpha=alpha, clamp=draw.choice([None, None, 0.9]))
+    b = {"b": torch.randn(shape[dim])} if draw.random() < 0.7 else {}
+    return partial(bias_act, **more), {"x": 2 * torch.randn(shape)} | b
+
+
+def against_reference(random_case, seed, impl, device):
+    """Pairs (actual, the reference's in float64), of the same inputs; some counted in 64 bits."""
+    torch.manual_seed(seed)
+    function, inputs = random_case(seed, random.Random(seed))
     dtype = list(ERROR)[seed % len(ERROR)]
-    x = x.to(device, dtype)
-    inputs = {"x": LAYOUTS[seed % len(LAYOUTS)](x) if x.ndim == 4 else x}
-    if b is not None:
-        inputs["b"] = b.to(device, dtype)
-    inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    inputs = {name: x.to(device, dtype) for name, x in inputs.items()}
+    if inputs["x"].ndim == 4:
+        inputs["x"] = LAYOUTS[seed % len(LAYOUTS)](inputs["x"])
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     exact = {name: x.detach().double().cpu().requires_grad_() for name, x in inputs.items()}
     shapes = [function(**exact, impl="ref").shape, *(x.shape for x in inputs.values())]
     r, *along = (torch.randn(shape).to(dtype) for shape in shapes)
-    actual = derivatives(partial(function, impl=impl), inputs, r, along)
+    with pytest.MonkeyPatch.context() as patch:
+        if seed % 6 == 1:
+            patch.setattr(_cuda, "INT_LIMIT", 0)
+        actual = derivatives(partial(function, impl=impl), inputs, r, along)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            kept = actual["y"].is_contiguous(memory_format=layout)
+            assert kept or impl == "ref" or not inputs["x"].is_contiguous(memory_format=layout)
     expected = derivatives(partial(function, impl="ref"), exact, r, along)
     assert {y.dtype for y in actual.values()} == {dtype}
     return zip(actual.values(), expected.values(), strict=True)
 
 
-def random_upfirdn2d(seed, impl, device):
-    torch.manual_seed(seed)
-    draw = random.Random(seed)
-    up, down = [[draw.randint(1, 4), draw.randint(1, 4)] for _ in range(2)]
-    padding = [draw.randint(-1, 5) for _ in range(4)]
-    separable = seed % 3 == 0
-    f = torch.randn([draw.randint(1, 5) for _ in ("x" if separable else "yx")])
-    batch = draw.randint(1, 3) if seed else 0
-    x = torch.randn(batch, draw.randint(1, 5), draw.randint(7, 9), draw.randint(7, 9))
-    more = dict(f=f, up=up, down=down, padding=padding, flip_filter=seed % 2 == 1, gain=1.7)
-    return against_reference(partial(upfirdn2d, **more), seed, impl, device, x)
+def every_number(dtype, impl, device):
+    """Infinities, NaNs, and all others of 16 bits, in the order of their bits."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(1, -1).view(dtype)
+    for act in ACTIVATIONS:
+        y = bias_act(x.to(device), act=act, clamp=2, impl=impl)
+        yield y, bias_act(x.float(), act=act, clamp=2)
 
 
-def random_bias_act(seed, impl, device):
-    torch.manual_seed(seed)
-    draw = random.Random(seed)
-    shape = [draw.choice([1, 3, 4, 8]) for _ in range(draw.choice([1, 2, 3, 4, 4, 4]))]
-    more = dict(
-        dim=draw.randrange(-len(shape), len(shape)), act=ACTIVATIONS[seed % 9],
-        alpha=draw.choice([None, 0.1, 0]), gain=draw.choice([None, 3, 0.7]),
-        clamp=draw.choice([None, None, 0.9]),
-    )  # fmt: skip
-    x, b = 2 * torch.randn(shape), torch.randn(shape[more["dim"]]) if seed % 3 else None
-    return against_reference(partial(bias_act, **more), seed, impl, device, x, b)
-
-
-def large_filter(impl, device):
-    more = dict(f=torch.randn(11, 9), up=2, padding=5, gain=0.3)
-    return against_reference(partial(upfirdn2d, **more), 1, impl, device, torch.randn(1, 2, 9, 9))
-
-
-def counted_in_64_bits(comparison, impl, device):
-    start, kernels = _cuda.start, []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cuda, "INT_LIMIT", 0)
-        patch.setattr(_cuda, "start", lambda *args: (kernels.append(args[1]), start(*args)))
-        yield from comparison(2, impl, device)
-    assert all(("INT", "long long") in macros for macros in kernels)
-    assert kernels or impl == "ref"
-
-
-def extreme_numbers(act, impl, device):
-    x = torch.tensor([[0.0, -0.0, 100, -100, 3e38, -3e38, math.inf, -math.inf, math.nan]])
-    yield (bias_act(y, act=act, clamp=2, impl=i) for y, i in ((x.to(device), impl), (x, "ref")))
-
-
+FUNCTIONS = [upfirdn2d, bias_act, modulated_conv2d, downsample2d, filter2d, upsample2d]
+FUNCTIONS = {function.__name__: function for function in FUNCTIONS}
 COMPARISONS = {
-    f"{kind} {case['name']} {i}": partial(golden, kind, case)
+    f"{kind} {case['name']} {i}": partial(golden, FUNCTIONS[case.get("fn", kind)], case)
     for kind in ("upfirdn2d", "helpers", "bias_act", "modulated_conv2d")
     for i, case in enumerate(OPS[kind])
     if case.get("fn") != "setup_filter"
+} | {
+    f"{random_case.__name__} {seed}": partial(against_reference, random_case, seed)
+    for random_case, count in ((random_upfirdn2d, 12), (random_bias_act, 18))
+    for seed in range(count)
 }
-COMPARISONS |= {f"random upfirdn2d {i}": partial(random_upfirdn2d, i) for i in range(12)}
-COMPARISONS |= {f"random bias_act {i}": partial(random_bias_act, i) for i in range(18)}
-COMPARISONS |= {f"extreme {act}": partial(extreme_numbers, act) for act in ACTIVATIONS}
-COMPARISONS |= {
-    "large filter": large_filter,
-    "upfirdn2d in 64 bits": partial(counted_in_64_bits, random_upfirdn2d),
-    "bias_act in 64 bits": partial(counted_in_64_bits, random_bias_act),
-}
+COMPARISONS |= {f"every {dtype}": partial(every_number, dtype) for dtype in HALVES}
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
@@ -253,40 +228,31 @@ def test_values_and_derivatives(name, way):
 def test_setup_filter_equals_published():
     for case in OPS["helpers"]:
         if case["fn"] == "setup_filter":
-            close(resampling.setup_filter(case["arg"], **case["kwargs"]), case["out"])
-
-
-# ----------------------------------------------------------------------------------------------
-# modulated_conv2d
+            close(setup_filter(case["arg"], **case["kwargs"]), case["out"])
 
 
 @pytest.mark.parametrize("up", [1, 2, 3])
 @pytest.mark.parametrize("flip_weight", [False, True])
 @pytest.mark.parametrize("size", [(3, 3), (2, 4)], ids=str)
-@pytest.mark.parametrize("f", [None, ASYMMETRIC], ids=["none", "asymmetric"])
-def test_modulated_conv2d_is_its_definition(up, flip_weight, size, f):
+@pytest.mark.parametrize("f, demodulate", [(None, True), (ASYMMETRIC, True), (ASYMMETRIC, False)])
+def test_modulated_conv2d_is_its_definition(up, flip_weight, size, f, demodulate):
     """One image at a time: enlarge and pad, then convolve with that image's own weights."""
-    x, styles, weight = doubles(2, 3, 5, 4), doubles(2, 3, seed=1), doubles(4, 3, *size, seed=2)
-    y = modulated_conv2d(
-        x, weight, styles, up=up, padding=2, resample_filter=f, flip_weight=flip_weight
-    )
+    noise_shape = 2, 1, 5 * up + 5 - size[0], 4 * up + 5 - size[1]
+    shapes = (2, 3, 5, 4), (4, 3, *size), (2, 3), noise_shape
+    inputs = [normal(*shape, seed=i).double().requires_grad_() for i, shape in enumerate(shapes)]
+    more = dict(up=up, padding=2, resample_filter=f, demodulate=demodulate, flip_weight=flip_weight)
     f = f if up > 1 else None
-    around = [2 + (n + up - i) // 2 for n in resampling.filter_size(f) for i in (1, 2 * up)]
-    for image, style, actual in zip(x.split(1), styles, y, strict=True):
+    around = [2 + (n + up - i) // 2 for n in filter_size(f) for i in (1, 2 * up)]
+    x, weight, styles, noise = inputs
+    y = modulated_conv2d(*inputs, **more)
+    for image, style, added, actual in zip(x.split(1), styles, noise, y, strict=True):
         own = weight * style[:, None, None]
-        own = own / (own.square().sum([1, 2, 3], keepdim=True) + 1e-8).sqrt()
+        if demodulate:
+            own = own / (own.square().sum([1, 2, 3], keepdim=True) + 1e-8).sqrt()
         image = upfirdn2d(image, f, up=up, padding=around, gain=up**2)
-        close(actual, F.conv2d(image, own if flip_weight else own.flip(2, 3))[0])
-
-
-@pytest.mark.parametrize("up", [1, 2])
-@pytest.mark.parametrize("demodulate", [False, True])
-def test_modulated_conv2d_derivatives(up, demodulate):
-    more = dict(up=up, padding=1, resample_filter=ASYMMETRIC, demodulate=demodulate)
-    shapes = (2, 3, 3, 4), (2, 3, 3, 3), (2, 3), (2, 1, 3 * up, 4 * up)
-    inputs = [doubles(*shape, seed=i) for i, shape in enumerate(shapes)]
+        close(actual, F.conv2d(image, own if flip_weight else own.flip(2, 3))[0] + added)
     for check in gradcheck, gradgradcheck:
-        assert check(lambda *inputs: modulated_conv2d(*inputs, **more), inputs, fast_mode=True)
+        assert check(partial(modulated_conv2d, **more), inputs, fast_mode=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -301,69 +267,37 @@ def test_filter_is_a_constant_not_larger_than_the_image(way):
         upfirdn2d(x, f, padding=-1, impl=impl)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_number_of_16_bits(dtype, way):
-    """They pass unchanged, and products are rounded to the nearest number, ties to even."""
+@pytest.mark.parametrize("dtype", HALVES)
+def test_products_are_rounded_to_the_nearest(dtype, way):
+    """Ties to even; zeros keep their signs."""
     impl, device = way
-    x = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device).view(dtype)
-    y, nan = bias_act(x[None], impl=impl)[0], x.isnan()
-    assert torch.equal(y[~nan].view(torch.int16), x[~nan].view(torch.int16))
-    assert y[nan].isnan().all()
-    info = torch.finfo(dtype)
-    largest = info.max / (2 - info.eps) * (2 - info.eps / 2)  # from here on it is infinity
-    half = 0.5001 * info.eps  # of the distance between neighbours
-    for gain in (1 / 3, 3, 2**-10):
-        exact = x.double() * gain
-        exact[exact.abs() >= largest] *= math.inf
-        y = bias_act(x[None], gain=gain, impl=impl)[0].double()
-        torch.testing.assert_close(y, exact, rtol=half, atol=half * info.tiny, equal_nan=True)
-    one = torch.ones(1, 1, dtype=dtype, device=device)
-    ties = [bias_act(one, gain=1 + n * info.eps / 2, impl=impl).item() for n in (1, 3)]
-    assert ties == [1, 1 + 2 * info.eps]
-
-
-def cuda_upfirdn2d(x):
-    return upfirdn2d(x, ASYMMETRIC, up=2, down=3, padding=(2, -1, 1, 3), impl="cuda")
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(1, -1).view(dtype)
+    half = torch.finfo(dtype).eps / 2
+    for gain in (1, 1 / 3, 3, 2**-10, 1 + half, 1 + 3 * half):
+        y = bias_act(x.to(device), gain=gain, impl=impl).cpu(), (x.float() * gain).to(dtype)
+        bits = (t.masked_fill(t.isnan(), 7).view(torch.int16) for t in y)
+        torch.testing.assert_close(*bits, rtol=0, atol=0)
 
 
 cuda_bias_act = partial(bias_act, impl="cuda")
 
 
 @kernels_only
-def test_memory_format(way):
-    x = torch.randn(2, 3, 4, 5, device=way[1])
-    last = x.contiguous(memory_format=torch.channels_last)
-    for function in (cuda_upfirdn2d, cuda_bias_act):
-        assert function(x).is_contiguous()
-        assert function(last).is_contiguous(memory_format=torch.channels_last)
-
-
-@kernels_only
-def test_bias_of_another_type(way):
-    x = torch.randn(2, 3, 4, device=way[1], dtype=torch.float16)
-    b = torch.randn(3, device=way[1], requires_grad=True)
-    y = cuda_bias_act(x, b)
-    assert y.dtype == torch.float16
-    close(grad(y.sum(), b)[0], torch.full((3,), 8))
-
-
-@kernels_only
-def test_lrelu_keeps_its_result_alone(way):
-    """It is the input of the next layer, and kept for that anyway; x is not."""
+def test_what_derivatives_need(way):
+    """lrelu keeps its result alone, which the next layer keeps anyway; a third there is not."""
     x, kept = torch.randn(2, 3, 4, device=way[1], requires_grad=True), []
+    b = torch.randn(3, device=way[1], requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = cuda_bias_act(x, torch.randn(3, device=way[1]), act="lrelu")
+        y = cuda_bias_act(x, b, act="lrelu")
     assert {t.data_ptr() for t in kept} == {y.data_ptr()}
-
-
-@kernels_only
-def test_third_derivative_is_refused(way):
-    x = torch.randn(2, 3, device=way[1], requires_grad=True)
     y = cuda_bias_act(x, act="tanh")
     for _ in range(2):
         (y,) = grad(y.sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="third derivative"):
         y.sum().backward()
+    y = cuda_bias_act(x.half(), b)  # of another type
+    assert y.dtype == torch.float16
+    close(grad(y.sum(), b)[0], torch.full((3,), 8))
 
 
 # opcheck looks at the .grad of tensors that are no leaves
@@ -382,17 +316,15 @@ def test_operators_are_well_formed(way):
 
 
 @kernels_only
-def test_compiles_without_a_graph_break(way):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic, way):
     def function(x, b):
-        return cuda_bias_act(cuda_upfirdn2d(x), b, act="lrelu")
+        return cuda_bias_act(upfirdn2d(x, ASYMMETRIC, up=2, impl="cuda"), b, act="lrelu")
 
     backend = "inductor" if way[1] == "cuda" else "aot_eager"
-    compiled = torch.compile(function, fullgraph=True, backend=backend)
-    for size in (5, 7):  # the second with symbolic sizes
-        x = torch.randn(2, 3, size, size, device=way[1], requires_grad=True)
-        b = torch.randn(3, device=way[1], requires_grad=True)
-        y, expected = compiled(x, b), function(x, b)
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
+    x = torch.randn(2, 3, 5, 5, device=way[1], requires_grad=True)
+    b = torch.randn(3, device=way[1], requires_grad=True)
+    ys = [f(x, b) for f in (compiled, function)]
+    for y, expected in zip(*((y, *grad(y.square().sum(), (x, b))) for y in ys), strict=True):
         close(y, expected)
-        grads = (grad(out.square().sum(), (x, b)) for out in (y, expected))
-        for actual, wanted in zip(*grads, strict=True):
-            close(actual, wanted)
