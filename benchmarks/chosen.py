@@ -31,8 +31,9 @@ from cli.processes import choose_kernels, keep_memory, pick_device, plain_words
 from cli.run_folder import make_folder
 from cli.settings import MINIATURE
 from miniature import CLIP, GENERATOR
-from miniature.evaluate import Truth, interval
+from miniature.evaluate import interval
 from miniature.judge import load_judge
+from miniature.truth import Truth
 
 EXACT = replace(MINIATURE, layers="adaptive", autocast="none")
 

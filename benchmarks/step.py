@@ -9,8 +9,8 @@ ipl.train_mapper and ipl.adapt_generator as they are, the other benchmarks/publi
 both must give the same loss, gradient norm and layers. The memory is the largest sum of tensors
 beyond the networks that are there from the start.
 
-Ours keeps freed memory in the process (cli.processes.keep_memory); the published order gives it
-back, as any Python program under glibc, unless --same-malloc lets it keep it, too.
+Ours keeps freed memory in the process, as ipl.py --keep-memory; the published order gives it back,
+as any Python program under glibc, unless --same-malloc lets it keep it, too.
 What is then left is the gain of the order of work alone. Without it, taking turns favours the
 published order: gaps that ours leaves in the heap may serve it, and what it gives back, ours has to
 get again, which grows with the batch.

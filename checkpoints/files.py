@@ -1,5 +1,6 @@
 """Files: read in whole, and written whole or not at all."""
 
+import contextlib
 import os
 import pickle
 import warnings
@@ -102,14 +103,20 @@ def write_atomically(path, write):
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
+        _flush(aside)
         os.replace(aside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # else the new name may be lost with the power
-        os.close(folder)
+        with contextlib.suppress(OSError):  # of a file system that cannot flush folders
+            _flush(path.parent)  # else the new name may be lost with the power
     except OSError as error:  # which names the file aside, or none
         words = f"cannot be written: {error.strerror or error}"
         raise OSError(error.errno, words, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _flush(path):
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

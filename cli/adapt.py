@@ -99,14 +99,9 @@ def of_stages(settings):
     return f"stage 1, {first}{each}; stage 2, {second}"
 
 
-def samples(settings, source, adapted, *, n=None, seed=None, truncation_psi=None):
-    """Source over adapted, with labels: the bytes of a .png file. None: as in the settings."""
-    n, seed, psi = (
-        default if x is None else x
-        for x, default in (
-            (n, settings.samples), (seed, settings.seed), (truncation_psi, settings.truncation_psi)
-        )
-    )  # fmt: skip
+def samples(settings, source, adapted):
+    """Source over adapted, with labels: the bytes of a .png file."""
+    n, seed, psi = settings.samples, settings.seed, settings.truncation_psi
     grid = ipl.sample_grid(source, adapted, n=n, seed=seed, truncation_psi=psi)
     steps = f"{settings.steps_mapper} + " * (settings.method == "ipl") + f"{settings.steps} steps"
     words = settings.source.strip(), settings.target.strip()

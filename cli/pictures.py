@@ -10,24 +10,25 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.files import write_atomically
-
 SIDE = 128  # least pixels of a sample: 64 are small on a screen
-WORDS = {  # of a history, {(panel, label of its line): name}, by stage
+PANELS = {  # of each stage: {a panel: {a number of the history: the label of its line}}
     1: {
-        ("losses", "weighted sum"): "loss",
-        ("losses", "contrastive"): "contrastive",
-        ("losses", "domain"): "domain",
-        ("losses", "source's domain"): "domain_source",
-        ("images that find their own prompt", ""): "accuracy",
-        ("length of the gradient", ""): "grad_norm",
+        "losses": {
+            "loss": "weighted sum",
+            "contrastive": "contrastive",
+            "domain": "domain",
+            "domain_source": "source's domain",
+        },
+        "images that find their own prompt": {"accuracy": ""},
+        "length of the gradient": {"grad_norm": ""},
     },
     2: {
-        ("directional loss", ""): "loss",
-        ("how far CLIP sees images move", ""): "delta_image_norm",
-        ("length of the gradient", ""): "grad_norm",
+        "directional loss": {"loss": ""},
+        "how far CLIP sees images move": {"delta_image_norm": ""},
+        "length of the gradient": {"grad_norm": ""},
     },
 }
+DASHES = ("-", "--", ":", "-.")  # of several CLIPs
 
 
 def png(picture):
@@ -37,11 +38,6 @@ def png(picture):
     buffer = io.BytesIO()
     Image.fromarray(picture.numpy()).save(buffer, "png")
     return buffer.getvalue()
-
-
-def save_picture(picture, path):
-    """picture: uint8 [H, W, 3]."""
-    write_atomically(path, lambda aside: aside.write_bytes(png(picture)))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -120,25 +116,17 @@ def curves(history, floor=None):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8.3, 0.3 + 2.2 * len(stages)), dpi=100, layout="constrained")
-        for i, part in enumerate(figure.subfigures(len(stages), squeeze=False)[:, 0]):
-            stage = stages[i]
-            rows = [row for row in history if row["stage"] == stage]
-            clips = sorted({row.get("clip", 0) for row in rows})
-            panels = list(dict.fromkeys(panel for panel, _ in WORDS[stage]))
-            all_axes = dict(zip(panels, part.subplots(1, len(panels)), strict=True))
+        parts = figure.subfigures(len(stages), squeeze=False)[:, 0]
+        for stage, part in zip(stages, parts, strict=True):
             part.suptitle(f"stage {stage}", x=0.01, ha="left", size=11, weight="bold")
-            for (panel, label), name in WORDS[stage].items():
-                for clip in clips:
-                    values = [row[name] for row in rows if row.get("clip", 0) == clip]
-                    words = f"{label} CLIP {clip + 1}".strip() if len(clips) > 1 else label
-                    all_axes[panel].plot(values, label=words or None, linewidth=1)
-            for panel, axes in all_axes.items():
+            rows = [row for row in history if row["stage"] == stage]
+            all_axes = part.subplots(1, len(PANELS[stage]))
+            for axes, (panel, numbers) in zip(all_axes, PANELS[stage].items(), strict=True):
+                draw_panel(axes, rows, numbers)
                 axes.set_title(panel, size=9)
-                axes.set_xlabel("step", size=8)
-                axes.tick_params(labelsize=8)
                 if floor is not None and panel == "directional loss":
                     axes.axhline(floor, color="black", linestyle="--", label="true pairs")
-                if panel.startswith("images"):
+                if "accuracy" in numbers:
                     axes.set_ylim(0, 1.03)
                     axes.yaxis.set_major_formatter("{x:.0%}")
                 if axes.get_legend_handles_labels()[1]:
@@ -146,6 +134,18 @@ def curves(history, floor=None):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         return buffer.getvalue()
+
+
+def draw_panel(axes, rows, numbers):
+    """A color for each of the numbers, {name: label}; other dashes for a further CLIP."""
+    clips = sorted({row.get("clip", 0) for row in rows})
+    for i, (name, label) in enumerate(numbers.items()):
+        for clip in clips:
+            values = [row[name] for row in rows if row.get("clip", 0) == clip]
+            words = label * (clip == 0) or f"CLIP {clip + 1}" * (len(clips) > len(numbers))
+            axes.plot(values, DASHES[clip % 4], color=f"C{i}", label=words or None, linewidth=1)
+    axes.set_xlabel("step", size=8)
+    axes.tick_params(labelsize=8)
 
 
 def of_run(make):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -50,6 +51,13 @@ def start(*words, folder=ROOT, before=(sys.executable,), script="ipl.py", **envi
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by jobs in "&"
     )
+
+
+def until_saved(job, out):
+    """Waits for the first checkpoint of a process."""
+    while not (out / "checkpoint.pt").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.002)
 
 
 def history_of(run):

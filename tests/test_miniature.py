@@ -53,10 +53,10 @@ def test_a_photo_does_not_depend_on_its_batch():
 
 
 def test_every_cue_and_every_category_changes_the_picture():
-    persons = faces.sample_persons(64, rng())
+    persons = faces.sample_persons(32, rng())
     photos = draw(persons)
     for i, cue in enumerate(faces.CUES):
-        styles = faces.styles_of("photo", 64)
+        styles = faces.styles_of("photo", 32)
         styles[:, i] = faces.DOMAINS.index("anime")
         assert (faces.render(persons, styles) - photos).abs().mean() > 1e-3, cue
     for factor in faces.CATEGORIES:
