@@ -127,6 +127,7 @@ ABUSE = {
     "escape in a dict": item(text("g_ema"), ESCAPE) + b".",
     "keys of one hash": b"}(" + b"N".join(ONE_HASH) + b"Nu.",
     "set of one hash": b"\x8f(" + b"".join(ONE_HASH) + b"\x90.",
+    "tensor of a number": call("torch._utils", "_rebuild_tensor_v2", b"(K\1K\1K\1K\1t") + b".",
     "wide name": b"}(" + text("state_dict") + b"}" + text("name") + WIDE + b"u.",
     "wrappers in wrappers": item(text("module." * 10**6), b"N") + b".",
 }  # fmt: skip
