@@ -751,8 +751,6 @@ def adapt(cfg, generator, clips, *, rng, steps=progress):
         clips = [ipl.load_clip("ViT-B/32", device)]  # of several, rows of stage 1 have a "clip"
         rng = torch.Generator().manual_seed(0)
         adapted, mappers, history = ipl.adapt(ipl.Config(), generator, clips, rng=rng)
-
-    rng, steps: as in train_mapper, which names the errors.
     """
     mappers, directions, history = [], [], []
     for i, (clip_model, transform) in enumerate(clips):
@@ -777,7 +775,8 @@ def sample_latents(n, z_dim, seed):
 @plain_torch()
 @torch.no_grad()
 def sample_grid(source, target, *, n=8, seed=0, truncation_psi=0.7, columns=8):
-    """Source row over target row of the same w, with fixed noise: a picture, uint8 [H, W, 3]."""
+    """Source row over target row of the same w, with fixed noise: a picture, uint8 [H, W, 3]; or
+    ValueError, for images that are not finite."""
     rows = []
     for z in sample_latents(n, source.z_dim, seed).to(source.w_avg.device).split(columns):
         w = truncate(source.mapping(z), source.w_avg, truncation_psi)  # deviation 7
@@ -786,6 +785,8 @@ def sample_grid(source, target, *, n=8, seed=0, truncation_psi=0.7, columns=8):
             missing = (min(n, columns) - len(z)) * row.shape[-2]
             rows.append(F.pad(row, (0, missing), value=1))
     grid = ((torch.cat(rows, dim=-2) + 1) * 127.5).round().clamp(0, 255)
+    if not grid.isfinite().all():
+        raise ValueError("images that are not finite; wanted: generators with sound weights")
     return grid.permute(1, 2, 0).to("cpu", torch.uint8)
 
 
@@ -794,6 +795,6 @@ if __name__ == "__main__":
     try:
         from cli import main
     except ModuleNotFoundError as error:
-        wanted = "the whole repository, and pip install -r requirements.txt"
-        raise SystemExit(f"ipl.py: there is no {error.name}; wanted: {wanted}") from None
+        wanted = "wanted: the whole repository, and pip install -r requirements.txt"
+        raise SystemExit(f"ipl.py: there is no {error.name}; {wanted}") from None
     main()
