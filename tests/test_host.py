@@ -77,6 +77,9 @@ def test_a_generator_without_noise_or_stylegan(clip_pair):
     assert all(torch.equal(x, before[name]) for name, x in toy.state_dict().items())
     assert any(not torch.equal(x, before[name]) for name, x in adapted.state_dict().items())
     assert ipl.sample_grid(toy, adapted, n=3).shape == (2 * 16, 3 * 16, 3)
+    adapted.low.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        ipl.sample_grid(toy, adapted)
 
 
 @contextlib.contextmanager
