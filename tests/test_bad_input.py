@@ -101,7 +101,7 @@ ROWS = [  # (command, $RUN being a short run; a word of the answer; what happens
         "--clip hostile.pkl", "--out /proc/run",
     )),
     # Settings and labels
-    ("--seed=-1", "--seed"), ("--device cuda:99", "torch"), ("--noise fixed --eps 0", "--eps"),
+    ("--device cuda:99", torch.__version__), ("--noise fixed --eps 0", "--eps"),
     ("--resume --overwrite", "--overwrite"), ("$RUN --num-layers 99", "--num-layers"),
     ("--clip a b a", "twice"), ("--clip a b --clip-weights 1", "--clip-weights"),
     ("$RUN --freeze nois3", "noise"), ("$RUN --freeze .", "--freeze"),
@@ -110,7 +110,7 @@ ROWS = [  # (command, $RUN being a short run; a word of the answer; what happens
     ("--target \x07anime", "control characters"), ("--target \udcff", "UTF-8"),
     (f"$RUN --target '{LONG}'", "77"), (f"$RUN --ctx-init '{LONG}'", "--ctx-init"),
     ("$RUN --n-ctx 75", "75 vectors"), ("--target anime --target cyberpunk", "cyberpunk"),
-    ("--target anime --target Anime", "--out"),
+    ("--target anime --target Anime", "--out"), ("--seed=-1", "--seed"),
     # Weights
     ("$RUN --generator ftp://host/a.pt", "https://"), ("$RUN --clip ViT-B/33", "ViT-B/32"),
     ("$RUN --generator=~/nowhere.pt", os.path.expanduser("~/nowhere.pt")),
