@@ -57,7 +57,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ class Config:
 
 # -- 1. What we need of a generator, and of the program around us ----------------------------------
 class Generator(Protocol):
-    """An nn.Module in eval mode with these attributes and methods; `check_generator` looks."""
+    """An nn.Module in eval mode; its methods work on w's device. `check_generator` looks."""
 
     z_dim: int
     w_dim: int
@@ -143,14 +143,14 @@ def plain_torch():
 @plain_torch()
 @torch.no_grad()
 def check_generator(generator):
-    """Hold an object to the protocol of `Generator`, by two images of it: shapes, finite images in
-    [-1, 1], the same from W equal w, W layers(), float32, eval mode; or ValueError, one sentence.
-    """
+    """Hold an object to the protocol of `Generator`, by two images of it: shapes, values, the same
+    from W equal w, W layers(), float32, eval mode; or ValueError, of one sentence."""
     try:
         W, R, w_dim = generator.num_ws, generator.resolution, generator.w_dim
         z = torch.randn(2, generator.z_dim, generator=torch.Generator().manual_seed(0))
-        w = generator.mapping(z.to(generator.w_avg))
-        x, x_plus = generator.synthesis(w), generator.synthesis(w[:, None].repeat(1, W, 1))
+        w = generator.mapping(z.to(generator.w_avg.expand(w_dim)))
+        x = generator.synthesis(w, rng=None)
+        x_plus = generator.synthesis(w[:, None].repeat(1, W, 1), rng=None)
         shapes, wanted = (w.shape, x.shape), ((2, w_dim), (2, 3, R, R))
         low, high, apart = x.min().item(), x.max().item(), (x_plus - x).abs().mean().item()
         kinds = {(p.dtype, p.is_inference()) for p in generator.parameters()}
@@ -161,6 +161,7 @@ def check_generator(generator):
     for fits, problem in (
         (shapes == wanted, f"w and images are {[*map(list, shapes)]}; wanted: {wanted}"),
         (len(layers) == W, f"{len(layers)} layers(); wanted: num_ws, {W}"),
+        (generator.w_avg.isfinite().all(), "its w_avg is not finite"),
         (-25 < low < 0 and high < 25, f"its images lie in [{low:.3g}, {high:.3g}], not [-1, 1]"),
         (apart < 0.01, "a w for each layer, all alike, draws another image than one w for all"),
         (kinds == {(torch.float32, False)}, "its weights are not float32, or of inference_mode"),
@@ -171,12 +172,15 @@ def check_generator(generator):
 
 
 def check_config(cfg):
-    """Raises ValueError, in one sentence, for settings with which nothing can be learned."""
+    """Raises ValueError, in one sentence, for settings that cannot be meant."""
     if cfg.source.lower().split() == cfg.target.lower().split():  # CLIP reads lower case
         raise ValueError(f"Config: source and target are both {cfg.target!r}; wanted: two domains")
-    for name in ("n_ctx", "steps_mapper", "batch_mapper", "batch", "steps", "layer_batch"):
-        if getattr(cfg, name) < (least := 1 + (name == "batch_mapper")):
-            raise ValueError(f"Config({name}={getattr(cfg, name)}); wanted: at least {least}")
+    for name, kind in get_type_hints(Config).items():
+        value, least = getattr(cfg, name), 1 + (name == "batch_mapper")
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"Config({name}={value!r}); wanted: one of {get_args(kind)}")
+        if kind is int and value < least:  # all of them are counts
+            raise ValueError(f"Config({name}={value}); wanted: at least {least}")
 
 
 def truncate(w, w_avg, psi):
@@ -217,12 +221,12 @@ def load_clip(name_or_path, device="cpu"):
             clip_model = clip.model.build_model(state).float()
             clip_model.load_state_dict(state)  # build_model has rounded it to float16
     except Exception as error:  # whatever a download or a foreign file can raise
-        if "memory" in str(error):
+        if isinstance(error, MemoryError) or "allocate" in str(error):
             raise
         name = "state dict" if isinstance(name_or_path, dict) else repr(str(name_or_path))
         wanted = f"OpenAI's names or, when online, one of {', '.join(clip.available_models())}"
-        found = f"CLIP {name} cannot be loaded ({type(error).__name__})"
-        raise ValueError(f"{found}; wanted: tensors under {wanted}") from error
+        why = f"cannot be loaded ({type(error).__name__}); wanted: tensors under"
+        raise ValueError(f"CLIP {name} {why} {wanted}") from error
     clip_model = clip_model.float().requires_grad_(False).eval().to(device)
     return clip_model, lambda images: clip_transform(images, clip_model.visual.input_resolution)
 
@@ -472,7 +476,7 @@ def select_layers(generator, text_loss, w, k, *, lr=0.01, rng=None, at_once=8):
         w_plus = codes[:, None].repeat(1, generator.num_ws, 1).requires_grad_()  # [., W, w_dim]
         loss = share * text_loss(generator.synthesis(w_plus, rng=rng))
         (grad,) = torch.autograd.grad(loss, w_plus)
-        weights = weights + share * (lr * grad).abs().mean(dim=(0, 2))  # [W]
+        weights = weights + share / ranks()[1] * (lr * grad).abs().mean(dim=(0, 2))  # [W]
     sum_over_processes([weights])  # ranks differ in nothing else, and agree
     return weights.topk(k).indices.tolist(), weights
 
@@ -525,9 +529,7 @@ def progress(stage, total, state, done=0):
 
 def random_inputs(cfg, generator, rng, draw_z=None):
     """draw: n -> this process's z of n, and noise_of: step -> the rng of synthesis, or None.
-
-    Latents are drawn on the CPU, so that a seed means the same people on every device.
-    """
+    Latents are drawn on the CPU: a seed means the same people on every device."""
     device, seed = generator.w_avg.device, int(torch.randint(2**31, (), generator=rng))
     draw_z = draw_z or (lambda n: torch.randn(n, generator.z_dim, generator=rng))
     rank, processes = ranks()
@@ -543,10 +545,9 @@ def finite_row(wanted, **row):
     """A row with its scalar tensors as numbers; FloatingPointError if loss or gradient are not."""
     tensors = {name: x.detach() for name, x in row.items() if torch.is_tensor(x)}
     row |= zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True)
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(row[name]):
-            what = f"stage {row['stage']}, step {row['step']}: {name} is {row[name]}"
-            raise FloatingPointError(f"{what}; wanted: {wanted}")
+    if not math.isfinite(row["loss"] + row["grad_norm"]):
+        found = f"loss is {row['loss']:.3g}, the gradient's norm {row['grad_norm']:.3g}"
+        raise FloatingPointError(f"stage {row['stage']}, step {row['step']}: {found}; {wanted}")
     return row
 
 
@@ -555,7 +556,7 @@ def finite_row(wanted, **row):
 def accuracy(image_features, text_features):
     """The share of images [B, e] whose own text [B, e] is the nearest; by chance, 1 / B."""
     similar = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
-    return (similar.argmax(dim=1).cpu() == torch.arange(len(similar))).float().mean()
+    return (similar.argmax(dim=1) == torch.arange(len(similar)).to(similar.device)).float().mean()
 
 
 @plain_torch()
@@ -604,7 +605,7 @@ def train_mapper(
         gradients = [p.grad for p in parameters]
         sum_over_processes(gradients)
         history.append(finite_row(
-            "a smaller lr_mapper", stage=1, step=step, loss=loss, contrastive=contrastive,
+            "wanted: a smaller lr_mapper", stage=1, step=step, loss=loss, contrastive=contrastive,
             domain=domain, domain_source=domain_source, accuracy=accuracy(image_features, t_source),
             grad_norm=nn.utils.get_total_norm(gradients),
         ))  # fmt: skip
@@ -666,7 +667,7 @@ def adapt_generator(
     check_config(cfg)
     check_generator(generator)
     weights = cfg.clip_weights or [1.0] * len(clips)
-    if not len(weights) == len(clips) == len(directions) or not all(map(callable, directions)):
+    if not 0 < len(weights) == len(clips) == len(directions) or not all(map(callable, directions)):
         found = f"{len(clips)} clips, {len(directions)} directions, {len(weights)} clip_weights"
         raise ValueError(f"{found}; wanted: as many, each direction a function (w, z, x_source)")
     if (share := cfg.ema**cfg.steps) > 0.2:
@@ -691,8 +692,8 @@ def adapt_generator(
         for layer in layers or target.layers()
     ]
     parameters = list(dict.fromkeys(p for group in trainable for p in group))
-    if not parameters:
-        raise ValueError(f"no parameter of layers() is left to train; freeze is {cfg.freeze!r}")
+    if not parameters or not 0 < k <= num_ws:
+        raise ValueError(f"nothing to train: freeze={cfg.freeze!r}, num_layers={k} of {num_ws}")
     # 4/5: StyleGAN2's correction for regularising in every fourth step only, kept by NADA and IPL
     betas = 0.0, 0.99 ** (4 / 5)
     optimizer = torch.optim.Adam(parameters, lr=cfg.lr * 4 / 5, betas=betas, fused=True)
@@ -734,7 +735,7 @@ def adapt_generator(
         gradients = [p.grad for p in parameters if p.grad is not None]
         sum_over_processes(gradients)
         history.append(finite_row(
-            "a smaller lr" if step else "eps=0.1, for images that do not differ yet",
+            "wanted: a smaller lr" if step else "wanted: eps=0.1, as the images do not differ yet",
             stage=2, step=step, loss=loss, delta_image_norm=torch.stack(lengths).mean(),
             layers=sorted(chosen), grad_norm=nn.utils.get_total_norm(gradients),
         ))  # fmt: skip
@@ -748,9 +749,9 @@ def adapt_generator(
 def adapt(cfg, generator, clips, *, rng, steps=progress):
     """Both stages -> the adapted generator, a mapper for each CLIP (none for NADA), the history.
 
-        clips = [ipl.load_clip("ViT-B/32", device)]  # of several, rows of stage 1 have a "clip"
-        rng = torch.Generator().manual_seed(0)
-        adapted, mappers, history = ipl.adapt(ipl.Config(), generator, clips, rng=rng)
+    clips = [ipl.load_clip("ViT-B/32", device)]  # of several, rows of stage 1 have a "clip"
+    rng = torch.Generator().manual_seed(0)
+    adapted, mappers, history = ipl.adapt(ipl.Config(), generator, clips, rng=rng)
     """
     mappers, directions, history = [], [], []
     for i, (clip_model, transform) in enumerate(clips):
@@ -775,8 +776,7 @@ def sample_latents(n, z_dim, seed):
 @plain_torch()
 @torch.no_grad()
 def sample_grid(source, target, *, n=8, seed=0, truncation_psi=0.7, columns=8):
-    """Source row over target row of the same w, with fixed noise: a picture, uint8 [H, W, 3]; or
-    ValueError, for images that are not finite."""
+    """Source row over target row of the same w, with fixed noise: a picture, uint8 [H, W, 3]."""
     rows = []
     for z in sample_latents(n, source.z_dim, seed).to(source.w_avg.device).split(columns):
         w = truncate(source.mapping(z), source.w_avg, truncation_psi)  # deviation 7

@@ -1,5 +1,6 @@
 """The main job, python ipl.py --source photo --target anime: from two words to a run folder."""
 
+import contextlib
 import os
 import shlex
 import sys
@@ -78,11 +79,11 @@ def adapt(settings):
         adapted, mappers, history = ipl.adapt(settings, generator, clips, rng=rng, steps=keeper)
         if ipl.ranks()[0] > 0:
             return
+        floor = floor_of_truth(settings, generator, clips, mappers)
+        grid = sample(settings, generator, adapted)
         drawn = pictures.of_run({
-            "curves.png": lambda: pictures.curves(
-                history, floor_of_truth(settings, generator, clips, mappers)
-            ),
-            "samples.png": lambda: samples(settings, generator, adapted),
+            "curves.png": lambda: pictures.curves(history, floor),
+            "samples.png": lambda: label(settings, generator, grid),
         })  # fmt: skip
         save_run(keeper.folder, settings, mappers, adapted, history, drawn)
         keeper.finish()
@@ -99,10 +100,15 @@ def of_stages(settings):
     return f"stage 1, {first}{each}; stage 2, {second}"
 
 
-def samples(settings, source, adapted):
-    """Source over adapted, with labels: the bytes of a .png file."""
+def sample(settings, source, adapted):
+    """Source over adapted, of the same latents: uint8 [H, W, 3]."""
     n, seed, psi = settings.samples, settings.seed, settings.truncation_psi
-    grid = ipl.sample_grid(source, adapted, n=n, seed=seed, truncation_psi=psi)
+    return ipl.sample_grid(source, adapted, n=n, seed=seed, truncation_psi=psi)
+
+
+def label(settings, source, grid):
+    """What `sample` gives, with labels: the bytes of a .png file."""
+    seed = settings.seed
     steps = f"{settings.steps_mapper} + " * (settings.method == "ipl") + f"{settings.steps} steps"
     words = settings.source.strip(), settings.target.strip()
     return pictures.png(pictures.labelled(grid, source.resolution, *words, f"seed {seed}, {steps}"))
@@ -155,7 +161,9 @@ def say_finished(keeper, settings, generator, adapted):
     lines = [f"{folder}: {', '.join(there)}" + f" ({', '.join(times)})" * bool(times)]
     if has_truth(settings):
         lines.append(judged(settings, generator, adapted))
-    runs = [path for path in Path(folder).absolute().parent.iterdir() if find_generator(path)]
+    runs = []
+    with contextlib.suppress(OSError):  # of a folder beside it that is closed to us
+        runs = [path for path in Path(folder).absolute().parent.iterdir() if find_generator(path)]
     if len(runs) == 1:  # the first one here
         run = shlex.quote(str(folder))
         lines.append(f"new samples: python ipl.py sample --run {run} --n 16 --out grid.png")

@@ -189,8 +189,6 @@ class Keeper:
 
         Raises FloatingPointError if there is a number in it that is not finite, and writes nothing.
         """
-        if rank():
-            return
         loops = {}
         for name, loop in self.loops.items():
             heavy = {k: x.state_dict() for k, x in loop["state"].items() if k not in loop["before"]}
@@ -198,6 +196,8 @@ class Keeper:
                 where = f"{name}, after {loop['done']} steps"
                 raise FloatingPointError(f"{where}: weights are not finite; wanted: a smaller rate")
             loops[name] = {"done": loop["done"], "state": heavy | loop["before"]}
+        if rank():  # the others hold the same
+            return
         buffer = io.BytesIO()
         torch.save({"settings": self.settings, "loops": loops}, buffer)
         write_atomically(self.path, lambda aside: aside.write_bytes(buffer.getbuffer()))

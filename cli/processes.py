@@ -137,7 +137,10 @@ def plain_words(prog="ipl.py", speaks=True):
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 fail(error if str(error).startswith("out of memory") else "out of memory", 1)
-            if not isinstance(error, dist.DistError) and not dist.is_initialized():
+            network = "connection|closed|reset|broken pipe|timed out|gloo|nccl|peer"
+            if not isinstance(error, dist.DistError) and not (
+                dist.is_initialized() and re.search(network, str(error), re.IGNORECASE)
+            ):
                 raise
             lost = "lost the other processes of this run; the same command with --resume goes on"
             fail(f"rank {os.environ.get('RANK')}: {lost} ({str(error).splitlines()[0]})", 1)

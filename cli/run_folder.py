@@ -109,12 +109,13 @@ def save_run(folder, settings, mappers, generator, history, pictures):
         "history.jsonl": "".join(json.dumps(row, allow_nan=False) + "\n" for row in history),
     }
     contents = {name: text.encode() for name, text in texts.items()} | pictures
-    for name in NETWORKS:  # of the run that was here before
-        (folder / name).unlink(missing_ok=True)
     if mappers:
         state = (mappers[0] if len(mappers) == 1 else nn.ModuleList(mappers)).state_dict()
         contents = {"mapper.safetensors": safetensors.torch.save(state)} | contents
     fits, other = GENERATORS
-    save_generator(generator, folder / (other if misfit_of(generator.config) else fits))
+    named = other if misfit_of(generator.config) else fits
+    save_generator(generator, folder / named)
     for name, data in contents.items():
         write_atomically(folder / name, lambda aside, data=data: aside.write_bytes(data))
+    for name in {*FILES} - {*contents, named, CHECKPOINT}:  # of the run that was here before
+        (folder / name).unlink(missing_ok=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 from checkpoints import load_generator
 from checkpoints.files import write_atomically
 from cli import processes
-from cli.adapt import load_source, samples
+from cli.adapt import label, load_source
+from cli.adapt import sample as sample_grid
 from cli.run_folder import find_generator, make_folder, read_config
 from cli.settings import check, expand
 
@@ -43,6 +44,6 @@ def sample(
         sizes = "z_dim, w_dim and num_ws"
         raise ValueError(f"{path} has {sizes} {found}; wanted, for the run's generator: {wanted}")
     make_folder(out.parent)
-    picture = samples(settings, source, adapted)
+    picture = label(settings, source, sample_grid(settings, source, adapted))
     write_atomically(out, lambda aside: aside.write_bytes(picture))
     print(f"{out}: {settings.source} above, {settings.target} below, of the same latents")

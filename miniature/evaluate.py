@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -283,7 +283,9 @@ def check_settings(cfg):
     """Keeps what the rows in a folder depend on; raises ValueError if they came of other things."""
     files = CLIP, GENERATOR, JUDGE, Path(faces.__file__)
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    found = {"n": cfg.n, "latents": cfg.latents, **asdict(cfg.preset), **digests}
+    names = {field.name for field in fields(ipl.Config)} - {"target", "method"}
+    preset = {name: getattr(cfg.preset, name) for name in sorted(names)}
+    found = {"n": cfg.n, "latents": cfg.latents, **preset, **digests}
     found |= {f"published {name}": value for name, value in PUBLISHED.items()}
     found, path = json.loads(json.dumps(found)), cfg.out / "settings.json"
     if path.exists() or any(cfg.out.glob("*-*-*.json")):

@@ -48,10 +48,16 @@ def another(**members):
 @pytest.mark.parametrize(
     ("generator", "words"),
     [
-        (another(synthesis=lambda g, w: (draw(g, w) + 1) / 2), r"lie in \[0\..*not \[-1, 1\]"),
-        (another(synthesis=lambda g, w: draw(g, w) / 0 * 0), r"lie in \[nan, nan\]"),
-        (another(synthesis=lambda g, w: draw(g, w.flatten(1)[:, :8] * w.ndim)), "a w for each"),
+        (another(synthesis=lambda g, w, rng: (draw(g, w) + 1) / 2), r"lie in \[0\..*not \[-1, 1\]"),
+        (another(synthesis=lambda g, w, rng: draw(g, w) / 0 * 0), r"lie in \[nan, nan\]"),
+        (
+            another(synthesis=lambda g, w, rng: draw(g, w.flatten(1)[:, :8] * w.ndim)),
+            "a w for each",
+        ),
+        (another(synthesis=lambda g, w: draw(g, w)), "TypeError.*rng"),
+        (another(layers=lambda g: [g.low]), r"1 layers\(\); wanted: num_ws, 2"),
         (another(resolution=32), r"\[2, 3, 16, 16\].*wanted.*32, 32"),
+        (Toy().train(), "training mode"),
         (Toy().double(), "float32|dtype"),
         (torch.nn.Linear(2, 2), "AttributeError.*num_ws"),
     ],
@@ -65,7 +71,8 @@ def test_generators_that_do_not_fit(generator, words, clip_pair):
 def test_a_generator_without_noise_or_stylegan(clip_pair):
     toy = Toy()
     before = copy.deepcopy(toy.state_dict())
-    adapted, _, history = ipl.adapt(QUICK, toy, [clip_pair], rng=rng())
+    cfg = replace(QUICK, num_layers=1)
+    adapted, _, history = ipl.adapt(cfg, toy, [clip_pair], rng=rng())
     assert len(history) == 6 and history[-1]["delta_image_norm"] > 0
     assert all(torch.equal(x, before[name]) for name, x in toy.state_dict().items())
     assert any(not torch.equal(x, before[name]) for name, x in adapted.state_dict().items())
@@ -126,13 +133,15 @@ def test_a_clip_with_gradients_stays_as_it_is(source, clip_pair, usual):
     [
         ({"source": "Anime ", "target": "anime"}, "source and target are both 'anime'"),
         ({"batch_mapper": 1}, r"Config\(batch_mapper=1\); wanted: at least 2"),
-        ({"freeze": "i"}, "no parameter .* freeze is 'i'"),  # in weight and in bias
+        ({"method": "NADA"}, r"Config\(method='NADA'\); wanted: one of"),
+        ({"freeze": "i"}, "nothing to train: freeze='i'"),  # in weight and in bias
+        ({"num_layers": 3}, "nothing to train: .*num_layers=3 of 2"),
         ({"clip_weights": (1.0, 2.0)}, "1 clips, 1 directions, 2 clip_weights"),
     ],
 )
 def test_settings_that_are_refused(clip_pair, settings, words):
     with pytest.raises(ValueError, match=words) as caught:
-        ipl.adapt(replace(QUICK, **settings), Toy(), [clip_pair], rng=rng())
+        ipl.adapt(replace(QUICK, **{"num_layers": 1} | settings), Toy(), [clip_pair], rng=rng())
     assert "\n" not in str(caught.value) and "--" not in str(caught.value)
 
 
