@@ -6,17 +6,13 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
-from conftest import GOLDEN, close, normal, rng
+from conftest import GOLDEN, QUICK, close, normal, rng
 
 import ipl
 from benchmarks import growth, published_order, step, worlds
 from checkpoints import load_generator
 
-CFG = ipl.Config(
-    noise="fixed", eps=0.1, num_layers=4, batch_mapper=3, batch=2, layer_batch=2, steps=1,
-    steps_mapper=1, lambda_source=0.5,
-)  # fmt: skip
+CFG = replace(QUICK, steps=1, steps_mapper=1, batch_mapper=3, lambda_source=0.5, crop=0.0)
 
 
 def build(size=32, device="cpu"):
@@ -76,8 +72,6 @@ def test_steps_from_end_to_end(tmp_path, monkeypatch, flags):
     for row in found["steps"]:
         assert row["loss"]["ours"] == pytest.approx(row["loss"]["published"], rel=1e-4)
         assert 0 < row["memory_ratio"] < 1 and 0 < row["of_peak"]["with choice"] < 1
-        for way, parts in row["parts"].items():
-            assert sum(parts.values()) == pytest.approx(row["seconds"][way], rel=5)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +96,3 @@ def test_growth_from_end_to_end(tmp_path):
     assert (tmp_path / "growth.png").stat().st_size > 1000
     points = {axis: list(rows["2"]["seconds"]) for axis, rows in found.items()}
     assert points == {"resolution": ["32"], "batch": ["2", "3"], "processes": ["2"]}
-
-
-def test_a_series_ends_before_it_takes_too_long():
-    found, ended = growth.series([1, 2, 4, 8], 2, 60, lambda x: 3.0 * x**2)
-    assert found == {1: 3, 2: 12, 4: 48} and ended == "8 left out: a step could take 192 s"
-    assert growth.exponent(found) == pytest.approx(2)
