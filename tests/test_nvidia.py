@@ -158,7 +158,6 @@ OTHERS = [  # content: message
     ({"G": None, "G_ema": STYLEGAN3}, "G_ema is a StyleGAN3 generator; wanted: a StyleGAN2 "),
     ({"G": STYLEGAN3}, 'not a generator checkpoint, it has no "G_ema"; wanted: '),
     (other(FC, _modules=ATTENTION), f"G_ema is not a plain StyleGAN2 generator, it has '{FC}"),
-    (other("", z_dim="8"), "the config's z_dim is '8'; wanted: 1 to 65535"),
     (other(FC, bias_gain=0.1), f"G_ema.{FC}.bias_gain is 0.1; wanted: 0.01"),
     (other(CONV, conv_clamp=1), "G_ema: its blocks differ in architecture, conv_clamp or use_fp16"),
     (other(CONV, weight=None), f"G_ema lacks '{CONV}.weight'"),

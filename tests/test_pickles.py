@@ -96,7 +96,6 @@ ABUSE = {
     "list in itself": item(text("G_ema"), b"]q\0h\0a") + b".",
     "module in itself": item(text("G_ema"), LOOP) + text("x") + b"h\0" + text("loop") + b"h\1ss.",
     "call of a type": call("torch", "FloatStorage", b"K\1\x85") + b".",
-    "persistent id": text("storage") + b"Q.",
     "nested, no storage": nested(call("collections", "OrderedDict")) + b".",
     "nested ever again": b"(ctorch.storage\n_load_from_bytes\nq\0" + STORAGE + b"\x85q\1"
     + b"h\0h\1R" * 20_000 + b"t.",  # three operations more for some 60: they count as one file's
@@ -108,12 +107,7 @@ ABUSE = {
     "keys of one hash": b"}(" + b"N".join(ONE_HASH) + b"Nu.",
     "wrappers in wrappers": item(text("module." * 10**6), b"N") + b".",
 }  # fmt: skip
-SAID = {
-    "too many operations": "more than 300,000 operations",
-    "nested ever again": "more than 300,000 operations",
-    "nested, no storage": "'collections.OrderedDict' is not allowed",
-    "module in itself": ".loop.loop. has a part 'loop'",
-}
+SAID = {"nested ever again": "300,000 operations", "module in itself": "has a part 'loop'"}
 
 
 @pytest.mark.parametrize("name", ABUSE)
