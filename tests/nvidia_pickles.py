@@ -91,13 +91,12 @@ class _Editable(pickle.Unpickler):
 
 
 def network(name, path="", **changes):
-    """G_ema of golden/nvidia_<name>.pkl, read by Python's own unpickler, and `changed`."""
+    """G_ema of golden/nvidia_<name>.pkl, read by Python's own unpickler.
+
+    With other attributes, tensors or modules in the module at `path`.
+    """
     with open(GOLDEN / f"nvidia_{name}.pkl", "rb") as file:
-        return changed(_Editable(file).load()["G_ema"], path, **changes)
-
-
-def changed(root, path, **changes):
-    """`root` with other attributes, tensors or modules in the module at `path`."""
+        root = _Editable(file).load()["G_ema"]
     state = root.args[0]["state"]
     for part in filter(None, path.split(".")):
         state = state["_modules"][part].args[0]["state"]

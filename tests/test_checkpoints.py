@@ -12,7 +12,6 @@ import torch
 from conftest import GOLDEN, assert_same, normal, refusal
 
 from checkpoints import load_generator, save_generator
-from checkpoints.files import write_atomically
 from checkpoints.stylegan2 import WANTED, read_checkpoint
 from stylegan2_ops import Generator
 from tests.nvidia_pickles import Payload
@@ -50,14 +49,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "generator.pt"
     path.write_text("old")
 
-    def broken(file):
-        if isinstance(file, Path):
-            file.write_text("half")
+    def full(file):
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, broken)
-    monkeypatch.setattr(os, "fsync", broken)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         save_generator(load_generator(TINY), path)
     assert os.listdir(tmp_path) == [path.name] and path.read_text() == "old"
@@ -155,20 +150,17 @@ ONE, PLAIN = torch.zeros(1), f"'{BIAS}' is not a plain tensor of floats"
 LACKS = "not a rosinality generator, it lacks"
 OTHERS = [  # content: message
     ([1, 2], f"{NOT}; "),
-    ({"g": {}}, f'{NOT}, it has no "g_ema"; '),
     ({"g_ema": Payload()}, f"{NOT}, it has no \"g_ema\", but the name 'posix.system' is not all"),
     (Payload(), "the name 'posix.system' is not allowed; "),
     (CLIP, "a CLIP, not a generator; "),
     ({"g_ema": {"x": ONE}}, f"{LACKS} 'input.input', 'conv1."),
     ({"g_ema": {"synthesis.b4.const": ONE}}, "NVIDIA's tensors without"),
 ]
-CHANGES = [  # name in the checkpoint or its state dict, its value if it is not missing: message
+CHANGES = [  # name in the checkpoint or its state dict, its value: message
     ("latent_avg", torch.zeros(31), '"latent_avg" is not a vector of 32'),
-    ("style.1.bias", "missing", f"{LACKS} 'style.1.bias'"),
     ("convs.6.conv.weight", ONE, "not a rosinality generator, it has 'convs.6.conv.weight'"),
     ("convs.99.conv.weight", ONE, "the config's resolution is "),
     ("style.2.weight", torch.zeros(32, 16), "style.2.weight is (32, 16), not (32, 32)"),
-    ("noises.noise_6", ONE, "noises.noise_6 is (1,), not (1, 1, 32, 32)"),
     ("latent_avg", torch.full([32], torch.nan), "not finite: 'latent_avg'"),
     (BIAS, torch.full([24], 1e300, dtype=torch.float64), f"not finite: '{BIAS}'"),  # as float32
     (BIAS, torch.zeros(24, dtype=torch.int64), PLAIN),
@@ -184,7 +176,5 @@ def test_other_files(save, checkpoint):
         content = {**checkpoint, "g_ema": dict(checkpoint["g_ema"])}
         part = content if name == "latent_avg" else content["g_ema"]
         part[name] = value
-        if isinstance(value, str):
-            del part[name]
         for load in (load_generator, read_checkpoint):
             assert refusal(load, save(content)).startswith(message)

@@ -52,8 +52,6 @@ def test_has_a_clean_form(path, notebook):
     assert path.stat().st_size <= 400_000
     # as nbconvert writes it, which else would touch every line
     assert text == json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n"
-    assert notebook.metadata.kernelspec.name == "python3"
-    assert notebook.metadata.language_info == {"name": "python"}
     for cell in notebook.cells:
         assert cell.metadata.keys() <= {"tags"} and set(tags(cell)) <= {SKIP, IGNORE}
 
@@ -92,23 +90,22 @@ def test_begins_with_title_and_setup_and_leads_on(path, notebook):
     assert local and all((FOLDER / link.partition("#")[0]).exists() for link in local), local
 
 
-def run_setups(folder, repository):
-    """The first cells of all notebooks, as in a folder with nothing around it -> the process."""
+def test_first_cell_clones_where_nothing_is(tmp_path):
+    """The first cells of all notebooks, in a folder with nothing around it."""
     setups = [cell for path in PATHS for cell in nbformat.read(path, as_version=4).cells[1:3]]
     script = "\n".join(cell.source for cell in setups) + "\nprint(root)"
-    script = script.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], cwd=folder, capture_output=True,
-        text=True, env={**env, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-    )  # fmt: skip
+    env |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
+    def run(folder, repository):
+        code = script.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
 
-def test_first_cell_clones_where_nothing_is(tmp_path):
-    found = run_setups(tmp_path, "")
+    found = run(tmp_path, "")
     assert "FileNotFoundError" in found.stderr and "REPOSITORY" in found.stderr
-    for folder in (tmp_path, tmp_path, tmp_path / "ipl" / "docs"):  # once, and found again
-        found = run_setups(folder, str(FOLDER.parent))
+    for folder in (tmp_path, tmp_path / "ipl" / "docs"):  # once, and found again
+        found = run(folder, str(FOLDER.parent))
         assert found.stdout.strip() == str(tmp_path / "ipl"), found.stderr
 
 

@@ -9,7 +9,7 @@ from conftest import GOLDEN, assert_same, close, normal, refusal
 
 from checkpoints import load_generator, save_generator
 from stylegan2_ops import Generator
-from tests.nvidia_pickles import Call, changed, dumps, module, network, torch_save
+from tests.nvidia_pickles import Call, dumps, module, network, torch_save
 
 FILES = ["nvidia_tiny", "nvidia_tiny_py311"]
 FILES += [f"nvidia_variant_{name}" for name in ("clamp", "cond", "resnet")]
@@ -42,7 +42,6 @@ def test_images_gradient_mapping_and_truncation(name):
     for noise in generator.noises.buffers():
         noise.zero_()
     golden_close(generator.synthesis(golden["ws_psi1"]), golden["image_none"])
-    golden_close(generator.synthesis(golden["ws_psi07"]), golden["image_none_psi07"])
     for i, z in enumerate(golden["z"]):
         generator = load(name, None if golden["c"] is None else int(golden["c"][i].argmax()))
         w = generator.mapping(z[None])[0]
@@ -65,9 +64,6 @@ def test_conditional_needs_a_class(tmp_path):
     save_generator(generator, saved)
     assert load_generator(saved).class_index == 3
     assert load_generator(saved, class_index=1).class_index == 1
-    generator.class_index = None
-    with pytest.raises(ValueError, match="class_index must be below 5, not None"):
-        generator.mapping(torch.zeros(1, 16))
 
 
 @pytest.mark.parametrize("name", ["nvidia_variant_clamp", "nvidia_variant_resnet"])
@@ -105,11 +101,10 @@ def test_float16_does_not_overflow():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["nvidia_tiny", "nvidia_variant_clamp"])
-def test_on_a_gpu(name):
+@pytest.mark.parametrize("name, tolerance", [("nvidia_tiny", 1e-4), ("nvidia_variant_clamp", 1e-2)])
+def test_on_a_gpu(name, tolerance):
     generator = load_generator(GOLDEN / f"{name}.pkl", "cuda")
     image = generator.synthesis(IO[name]["ws_plus"].cuda()).cpu()
-    tolerance = 1e-2 if generator.num_fp16_res else 1e-4
     close(image, IO[name]["image_ws_plus_const"], rtol=0, scale=tolerance)
 
 
@@ -117,30 +112,14 @@ MISFITS = {  # what rosinality's layout has no place for
     "variant_clamp": None,
     "variant_cond": "5 classes",
     "variant_resnet": "the resnet architecture",
-    "orig": "the orig architecture",
 }
-
-
-def variant(name):
-    """(NVIDIA's network, the generator that it is): golden ones, and one that is made of them."""
-    golden = "variant_resnet" if name == "orig" else name
-    root, read = network(golden), load(f"nvidia_{golden}")
-    if name != "orig":
-        return root, read
-    for size in (4, 8, 16):
-        changed(root, f"synthesis.b{size}", architecture="orig", skip=None)
-    generator = Generator(**{**read.config, "architecture": "orig"}).requires_grad_(False)
-    generator.load_state_dict(read.state_dict(), strict=False)  # without the skips
-    generator.w_avg.copy_(read.w_avg)
-    return root, generator
 
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_variants_are_read_and_kept(tmp_path, name):
-    (root, generator), path = variant(name), tmp_path / "network.pt"
+    root, generator, path = network(name), load(f"nvidia_{name}"), tmp_path / "network.pt"
     content = {"G": None, "D": None, "G_ema": root}
-    written = [dumps(content, protocol) for protocol in (3, 4, 5)]
-    for data in (*written, *(torch_save(x, new) for x in (content, root) for new in (True, False))):
+    for data in (dumps(content, 3), *(torch_save(root, new) for new in (True, False))):
         path.write_bytes(data)
         assert_same(load_generator(path, class_index=generator.class_index), generator)
     path.unlink()
@@ -151,15 +130,12 @@ def test_variants_are_read_and_kept(tmp_path, name):
         expected = f"no place for {misfit} in rosinality's layout; wanted: a .safetensors file"
         assert said == expected and not path.exists()
         return
-    narrow = Generator(8, {4: 3, 8: 2}, w_dim=16, z_dim=5)
-    said = refusal(lambda path: save_generator(narrow, path), path)
-    assert said.startswith("no place for z of 5 and w of 16 numbers in rosinality's layout; ")
     save_generator(generator, path)  # the clamp lies beside g_ema, where only we look
     assert_same(load_generator(path), generator)
 
 
 def test_orig_is_the_convolutions_and_one_to_rgb():
-    (_, generator), w = variant("orig"), normal(2, 16)
+    generator, w = Generator(16, {4: 8, 8: 8, 16: 8}, w_dim=8, architecture="orig"), normal(2, 8)
     noises = list(generator.noises.buffers())
     x = generator.conv1(generator.input.input.expand(2, -1, -1, -1), w, noises[0])
     for conv, noise in zip(generator.convs, noises[1:], strict=True):
@@ -182,10 +158,7 @@ OTHERS = [  # content: message
     ({"G": None, "G_ema": STYLEGAN3}, "G_ema is a StyleGAN3 generator; wanted: a StyleGAN2 "),
     ({"G": STYLEGAN3}, 'not a generator checkpoint, it has no "G_ema"; wanted: '),
     (other(FC, _modules=ATTENTION), f"G_ema is not a plain StyleGAN2 generator, it has '{FC}"),
-    (other("", z_dim="8"), "the config's z_dim is '8'; wanted: 1 to 65535"),
-    (other("", z_dim=9), "style.1.weight is (16, 16), not (16, 9)"),
     (other(FC, bias_gain=0.1), f"G_ema.{FC}.bias_gain is 0.1; wanted: 0.01"),
-    (other(CONV, activation="relu"), f"G_ema.{CONV}.activation is 'relu'; wanted: 'lrelu'"),
     (other(CONV, conv_clamp=1), "G_ema: its blocks differ in architecture, conv_clamp or use_fp16"),
     (other(CONV, weight=None), f"G_ema lacks '{CONV}.weight'"),
     (other(CONV, weight=torch.zeros(9, 16, 3, 3)), "convs.0.conv.weight is (1, 9, 16, 3, 3)"),

@@ -22,7 +22,7 @@ from checkpoints import CheckpointError, load_generator
 from checkpoints.clip import read_clip
 from checkpoints.pickles import MAX_OPERATIONS
 from checkpoints.stylegan2 import read_checkpoint
-from tests.nvidia_pickles import Payload, dumps, members, module, network, torch_save, zipped
+from tests.nvidia_pickles import Payload, dumps, members, module, torch_save, zipped
 
 TINY, BIAS = GOLDEN / "rosinality_tiny.pt", "convs.0.activate.bias"
 
@@ -73,16 +73,10 @@ def nested(operations):
     return call("torch.storage", "_load_from_bytes", binary(data) + b"\x85")
 
 
-def often(value, function, more=b""):
-    """A call of a large value, ever again: each of these small operations takes all of it."""
-    return value + b"q\1c" + function + b"\nq\0(" + (b"h\0h\1" + more + b"R") * 10_000 + b"t."
-
-
 # A tuple of 2 ** 60 elements by reference, and one of 100,000 levels: to hash, compare or print
 # them takes for ever, or the whole C stack.
 WIDE = b"N\x85q\0" + b"h\0h\0\x86q\0" * 60
 DEEP = b"N" + b"\x85" * 100_000
-LONG = b"(" + b"N" * 100_000  # elements
 ONE_HASH = [b"\x8a\x0b" + (k * (2**61 - 1)).to_bytes(11, "little") for k in range(1, 50_000)]
 META = item(text("class_name"), text("Loop")) + text("state") + b"}(" + text("_modules") + b"}q\0"
 META += text("_parameters") + b"}" + text("_buffers") + b"}us"
@@ -95,36 +89,25 @@ ABUSE = {
     "text of 2^63 bytes": b"\x8d" + struct.pack("<Q", 2**63) + b"x.",
     "int in digits": b"L" + b"9" * 10_000_000 + b"L\n.",
     "memo slot 2^32": b"Nr\xff\xff\xff\xff0.",
-    "many marks": b"(" * 500_000 + b".",
     "too many operations": b"N" * (MAX_OPERATIONS + 1) + b".",
     "deep lists": b"]" * (MAX_OPERATIONS // 3) + b"a" * (MAX_OPERATIONS // 3 - 1) + b".",
     "deep key": item(DEEP, b"N") + b".",
     "wide key": item(WIDE, b"N") + b".",
-    "wide set": b"\x8f(" + WIDE + b"\x90.",
     "list in itself": item(text("G_ema"), b"]q\0h\0a") + b".",
     "module in itself": item(text("G_ema"), LOOP) + text("x") + b"h\0" + text("loop") + b"h\1ss.",
     "call of a type": call("torch", "FloatStorage", b"K\1\x85") + b".",
-    "persistent id": text("storage") + b"Q.",
-    "nested zip": call("torch.storage", "_load_from_bytes", binary(b"PK\3\4") + b"\x85") + b".",
     "nested, no storage": nested(call("collections", "OrderedDict")) + b".",
     "nested ever again": b"(ctorch.storage\n_load_from_bytes\nq\0" + STORAGE + b"\x85q\1"
     + b"h\0h\1R" * 20_000 + b"t.",  # three operations more for some 60: they count as one file's
-    "long sizes": often(b"]" + LONG + b"e", b"torch\nSize", b"\x85"),
+    "one long list, many sizes": b"](" + b"N" * 100_000 + b"eq\1ctorch\nSize\nq\0("
+    + b"h\0h\1\x85R" * 10_000 + b"t.",
     "long names": text("x" * 10**7) + b"q\0" + text("x" * 10**7) + b"q\1"
     + b"h\0h\0\x93h\0h\1\x93" * 10_000 + b".",
-    "many names": b"".join(f"cm\n{k}\n".encode() for k in range(100_000)) + b".",
     "escape": ESCAPE + b".",
     "keys of one hash": b"}(" + b"N".join(ONE_HASH) + b"Nu.",
-    "tensor of a number": call("torch._utils", "_rebuild_tensor_v2", b"(K\1K\1K\1K\1t") + b".",
-    "wide name": b"}(" + text("state_dict") + b"}" + text("name") + WIDE + b"u.",
     "wrappers in wrappers": item(text("module." * 10**6), b"N") + b".",
 }  # fmt: skip
-SAID = {
-    "too many operations": "more than 300,000 operations",
-    "nested ever again": "more than 300,000 operations",
-    "nested, no storage": "'collections.OrderedDict' is not allowed",
-    "module in itself": ".loop.loop. has a part 'loop'",
-}
+SAID = {"nested ever again": "300,000 operations", "module in itself": "has a part 'loop'"}
 
 
 @pytest.mark.parametrize("name", ABUSE)
@@ -214,7 +197,6 @@ def test_legacy_compressed_and_strided_files_are_the_same(tmp_path, checkpoint):
 
 SHAPES = [  # offset, size and stride: message
     (b"K\1K\x18\x85K\1\x85", "more elements than the file has"),  # offset 1
-    (b"K\0K\x19\x85K\0\x85", "more elements than the file has"),  # 25 times the first
     (b"K\0J\xff\xff\xff\xff\x85K\1\x85", "not a shape"),  # size -1
     (b"K\0\x8a\x20" + b"\x7f" * 32 + b"\x85K\1\x85", "not a shape"),
     (b"K\0(" + b"\x8a\x05\0\0\0\0\1" * 8 + b"t(" + b"K\0" * 8 + b"t", "more elements"),
@@ -264,7 +246,6 @@ def test_damaged_archives(refused, checkpoint):
         (zipped(files) + b"PK\1\2" * 10_001, "more than 10,000 members"),
         (zipped(files, zipfile.ZIP_BZIP2), "larger than the file"),
         (bytes(flipped), "BadZipFile"),
-        (zipped({name: x for name, x in files.items() if name != "data/7"}), "KeyError"),
         (old[:-1], "bytes where"),
         (one[:-136] + struct.pack("<q", 33) + one[-128:], "not the number of elements"),
     ):
@@ -275,8 +256,6 @@ def test_wide_attributes(refused, checkpoint):
     wide = [1]
     for _ in range(60):
         wide = [wide, wide]
-    content = {"G_ema": network("variant_resnet", "synthesis.b8", architecture=wide)}
-    assert "architecture is a list" in refused(dumps(content))
 
     def said(config):
         return refused(torch_save({**checkpoint, "generator_config": config}))
@@ -302,27 +281,11 @@ def test_trees_of_modules(refused):
         assert refused(dumps({"G_ema": root})).startswith("G_ema")
 
 
-def fuzz(folder, count, faulty=None):
-    """-> exit code, the lines of a process. faulty: the source of a loader that does wrong."""
-    code = f"""import pathlib, signal, torch; from tests.fuzz_checkpoints import main; hoard = []
-main(0, {count}, pathlib.Path({str(folder)!r}), {faulty})"""
-    command, root = [sys.executable, "-W", "ignore", "-c", code], GOLDEN.parents[1]
-    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, timeout=600)
-    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.mark.slow
 def test_damaged_files_load_or_are_refused(tmp_path):
-    code, (*faults, summary) = fuzz(tmp_path, 2000)
-    assert code == 0 and not faults and summary["files"] == 2000
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz_checkpoints"]
+    command, root = [*command, "0", "2000", str(tmp_path)], GOLDEN.parents[1]
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, timeout=600)
+    *faults, summary = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and not faults and summary["files"] == 2000
     assert 20 < summary["loaded"] < 1000  # neither harmless nor hopeless
-
-
-@pytest.mark.slow
-def test_what_takes_all_memory_or_time_or_kills_is_seen(tmp_path):
-    for faulty, seen in (("hoard.append(torch.ones(2**29))", "memory"), ("[][path]", "TypeError")):
-        _, (first, _) = fuzz(tmp_path, 1, f"lambda path: {faulty}")
-        assert seen in first["fault"] and (tmp_path / first["file"]).exists()
-    for faulty in ("sum(range(10**10))", "signal.raise_signal(signal.SIGSEGV)"):
-        code, lines = fuzz(tmp_path, 1, f"lambda path: {faulty}")
-        assert code < 0 and not lines

@@ -100,7 +100,6 @@ def test_stage2_trajectory(golden, clip_pair, source, target, mapper):
     )
     for name, change in g["param_change_norm"].items():
         close((last[name] - first[name]).norm(), change, rtol=1e-2)
-        close(ema[name].norm(), g["final_ema_param_norm"][name])
     for key, before, after in (("final_param", first, last), ("final_ema_param", frozen, ema)):
         for name, expected in g[key].items():
             change = expected - before[name]
@@ -143,10 +142,9 @@ def test_a_run_and_its_history(source, clip_pair):
     assert first["delta_image_norm"] < 1e-4  # with and without a graph
 
 
-@pytest.mark.parametrize("noise", ["fixed", "fresh"])
-def test_same_seed_same_history(source, clip_pair, noise):
+def test_same_seed_same_history(source, clip_pair):
     """The seed is the run's own: torch's global one has no part, and is left alone."""
-    cfg = replace(QUICK, noise=noise)
+    cfg = replace(QUICK, noise="fresh")
     before = torch.manual_seed(1).get_state()
     first = run(cfg, source, clip_pair)
     assert torch.equal(torch.get_rng_state(), before)
@@ -180,8 +178,7 @@ def test_one_step_changes_the_layers_chosen(source, clip_pair, layers, n, freeze
         torch.testing.assert_close(mean, 0.75 * first + 0.25 * last)
 
 
-@pytest.mark.parametrize("half", ["bf16", "fp16"])
-@pytest.mark.parametrize("autocast", ["clip", "all"])
+@pytest.mark.parametrize(("autocast", "half"), [("clip", "fp16"), ("all", "bf16")])
 def test_half_precision_is_close(source, clip_pair, autocast, half):
     cfg = replace(QUICK, steps=1, steps_mapper=1, noise="fresh", layers="all")
     _, exact = run(cfg, source, clip_pair)
@@ -191,20 +188,6 @@ def test_half_precision_is_close(source, clip_pair, autocast, half):
         assert row["loss"] == pytest.approx(expected["loss"], rel=0.05)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.2)
     assert {p.dtype for p in adapted.parameters()} == {torch.float32}
-
-
-def test_a_direction_may_read_z_and_the_source_image(source, clip_pair, mapper):
-    seen, own = [], ipl.prompt_directions(QUICK, clip_pair[0], mapper)
-
-    def direction(*args):
-        seen.extend((*args, own(args[0])))
-        return seen[-1]
-
-    ipl.adapt_generator(replace(QUICK, steps=1), source, [clip_pair], [direction], rng=rng())
-    w, z, x_source, delta_text = seen
-    torch.testing.assert_close(source.mapping(z), w)
-    torch.testing.assert_close(source.synthesis(w), x_source)
-    assert (delta_text[0] - delta_text[1]).norm() > 1e-3  # each prompt's own
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +200,7 @@ def other_pair(clip_pair):
     return other, clip_pair[1]
 
 
-@pytest.mark.parametrize("weights", [(), (2.0, 0.25)])
-def test_losses_and_gradients_of_several_clips_are_summed(source, clip_pair, other_pair, weights):
+def test_losses_and_gradients_of_several_clips_are_summed(source, clip_pair, other_pair):
     cfg = replace(QUICK, steps=1, noise="fresh", layers="all")
 
     def step(weights, *clips):
@@ -226,12 +208,11 @@ def test_losses_and_gradients_of_several_clips_are_summed(source, clip_pair, oth
         _, (row,) = stage2(replace(cfg, clip_weights=weights), source, clips, target=target)
         return row["loss"], [p.grad for p in target.conv1.parameters()]
 
-    loss, grads = step(weights, clip_pair, other_pair)
+    loss, grads = step((2.0, 0.25), clip_pair, other_pair)
     (loss_1, grads_1), (loss_2, grads_2) = step((), clip_pair), step((), other_pair)
-    a, b = weights or (1, 1)
-    close(loss, a * loss_1 + b * loss_2)
+    close(loss, 2 * loss_1 + 0.25 * loss_2)
     for grad, x, y in zip(grads, grads_1, grads_2, strict=True):
-        close(grad, a * x + b * y)
+        close(grad, 2 * x + 0.25 * y)
 
 
 def test_layer_choice_every_n_steps(source, clip_pair, other_pair, monkeypatch):
