@@ -153,6 +153,31 @@ def test_same_seed_same_history(source, clip_pair):
     assert first[1] == again[1] != other[1]
 
 
+@pytest.mark.parametrize("noise", ["fresh", "fixed"])
+def test_a_direction_sees_latents_and_source_images(source, clip_pair, monkeypatch, noise):
+    """w, z and x_source of the same images; fresh noise is drawn for every one of them."""
+    seen, drawn, synthesis = [], [], type(source).synthesis
+
+    def direction(w, z, x_source):
+        seen.append((w, z, x_source))
+        return normal(2, 32)
+
+    def spy(self, w, *, rng=None):
+        drawn.append(rng)
+        return synthesis(self, w, rng=rng)
+
+    monkeypatch.setattr(ipl, "check_generator", lambda generator: None)
+    monkeypatch.setattr(type(source), "synthesis", spy)
+    cfg = replace(QUICK, steps=1, noise=noise)
+    ipl.adapt_generator(cfg, source, [clip_pair], [direction], rng=rng())
+    assert len(drawn) == 3  # the layer choice, source and target
+    assert all(isinstance(x, torch.Generator) == (noise == "fresh") for x in drawn)
+    ((w, z, x_source),) = seen
+    torch.testing.assert_close(source.mapping(z), w)
+    apart = (synthesis(source, w) - x_source).abs().max()
+    assert apart < 1e-4 if noise == "fixed" else apart > 0.01
+
+
 @pytest.mark.parametrize(("step", "wanted"), [(0, "eps=0.1"), (2, "a smaller lr")])
 def test_a_loss_that_is_not_finite_stops_the_run(source, clip_pair, step, wanted):
     """As that of equal images with eps = 0; no weight has changed by it."""
