@@ -176,7 +176,7 @@ def table(rows, cfg):
 def picture(strips, path):
     """A panel for each target, two side by side, of five persons; strips: {target: {row: images}}.
 
-    64 colours: a third of the bytes.
+    In 96 colours, a third of the bytes.
     """
     width, height = 400, 64 * len(next(iter(strips.values()))) + 24
     size = width * min(2, len(strips)), height * math.ceil(len(strips) / 2)
@@ -190,7 +190,8 @@ def picture(strips, path):
             row = torch.cat(list(images[:5]), dim=-1).permute(1, 2, 0)
             pixels = ((row + 1) * 127.5).round().to(torch.uint8).numpy()
             image.paste(Image.fromarray(pixels), (left, top + 64 * j))
-    write_atomically(path, image.quantize(64).save)
+    few = image.quantize(96, kmeans=2)
+    write_atomically(path, lambda aside: few.save(aside, optimize=True))
 
 
 def write_json(path, value):
