@@ -28,15 +28,15 @@ static void narrow(float x, half& y) { y.bits = c10::Half(x).x; }
 #define PARAMETERS unsigned blocks, unsigned threads, int count, const int* bytes, void** arguments
 #define RUN(kernel) return run(kernel, blocks, threads, count, bytes, arguments);
 
-// The kernel over its grid, if each argument has as many bytes as the kernel takes. Else false.
+// The kernel over its grid, if each argument has as many bytes as the kernel takes. Else 0.
 template <class... A>
-bool run(void (*kernel)(A...), PARAMETERS)
+int run(void (*kernel)(A...), PARAMETERS)
 {
     int i = 0, j = 0;
-    if (count != sizeof...(A) || ((bytes[i++] != sizeof(A)) || ...)) return false;
+    if (count != sizeof...(A) || ((bytes[i++] != sizeof(A)) || ...)) return 0;
     const std::tuple<A...> values{*static_cast<A*>(arguments[j++])...};
     blockDim.x = threads;
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
         for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) std::apply(kernel, values);
-    return true;
+    return 1;
 }
