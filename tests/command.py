@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
 
 import cli
+import ipl
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -40,6 +42,20 @@ def done(*words):
     return out
 
 
+def stopping(n, error=KeyboardInterrupt):
+    """Inside, a run of this process ends with an error in its n-th step, of both stages."""
+
+    def counted(stage, total, state, done=0):
+        nonlocal n
+        for step in range(done, total):
+            if n == 0:
+                raise error
+            n -= 1
+            yield step
+
+    return mock.patch.object(ipl, "progress", counted)
+
+
 def start(*words, folder=ROOT, before=(sys.executable,), script="ipl.py", **environment):
     """A process of its own, with stdout and stderr piped."""
     return subprocess.Popen(
@@ -53,6 +69,13 @@ def start(*words, folder=ROOT, before=(sys.executable,), script="ipl.py", **envi
     )
 
 
+def finish(job):
+    """(stdout, stderr) of a process that has to succeed."""
+    out, err = job.communicate()
+    assert job.returncode == 0, err
+    return out, err
+
+
 def until_saved(job, out):
     """Waits for the first checkpoint of a process."""
     while not (out / "checkpoint.pt").exists():
@@ -60,21 +83,29 @@ def until_saved(job, out):
         time.sleep(0.002)
 
 
+def two_clips(folder):
+    """The flags of the small CLIP and of one that sees the opposite."""
+    state, path = torch.load(WORLD[3], weights_only=True), str(folder / "other.pt")
+    torch.save(state | {"visual.proj": -state["visual.proj"]}, path)
+    return ["--clip", WORLD[3], path, "--clip-weights", "1", "0.5"]
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
 def history_of(run):
     return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
 
 
-def result(run):
-    """What a run results in: {name: tensor} of its networks, and its history."""
-    state = torch.load(run / "generator.pt", weights_only=True)
-    tensors = {**state["g_ema"], "latent_avg": state["latent_avg"]}
-    if (run / "mapper.safetensors").exists():
-        tensors |= load_file(run / "mapper.safetensors")
-    return tensors, history_of(run)
+def networks(run):
+    """{name: tensor} of what a run has trained."""
+    state, mapper = torch.load(run / "generator.pt", weights_only=True), run / "mapper.safetensors"
+    more = load_file(mapper) if mapper.exists() else {}
+    return {**state["g_ema"], "latent_avg": state["latent_avg"], **more}
 
 
 def same(run, expected):
-    """To the bit."""
-    (tensors, history), (wanted, rows) = result(run), result(expected)
-    assert tensors.keys() == wanted.keys() and history == rows
-    assert all(torch.equal(x, wanted[name]) for name, x in tensors.items())
+    """The same networks, to the bit, and the same history."""
+    assert history_of(run) == history_of(expected)
+    torch.testing.assert_close(networks(run), networks(expected), rtol=0, atol=0)

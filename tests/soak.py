@@ -11,37 +11,30 @@ bytes in networks and history. The exit code says whether a run was lost, or dif
 
 import argparse
 import random
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from tqdm import trange
+from tests.command import finish, start
 
-SCRIPT = Path(__file__).parents[1] / "ipl.py"
 RESULTS = "generator.pt mapper.safetensors history.jsonl".split()
-
-
-def start(out, args):
-    words = [sys.executable, str(SCRIPT), "--out", str(out), *args]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, text=True, **pipes)
 
 
 def contents(folder):
     return {name: (folder / name).read_bytes() for name in RESULTS if (folder / name).exists()}
 
 
-def kill(process, out, seconds, in_writing):
-    """-> whether the process was alive until then, and whether a file was half written."""
+def kill(job, out, seconds, in_writing):
+    """-> whether a file was half written then, or None if the process had ended before."""
     time.sleep(seconds)
-    while in_writing and process.poll() is None and not list(out.glob(".*")):
+    while in_writing and job.poll() is None and not any(out.glob(".*")):
         time.sleep(0.0005)
-    alive = process.poll() is None
-    process.kill()
-    process.communicate()
-    return alive, any(out.glob(".*"))
+    alive = job.poll() is None
+    job.kill()
+    job.communicate()
+    return any(out.glob(".*")) if alive else None
 
 
 def main():
@@ -50,29 +43,25 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("args", nargs="*", help="flags of ipl.py, after --")
     options = parser.parse_args()
-    chance, halves, bad, late = random.Random(options.seed), 0, 0, 0
+    chance, halves, bad = random.Random(options.seed), 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        folder, begin = Path(folder), time.perf_counter()
-        undisturbed = start(folder / "undisturbed", options.args)
-        words = undisturbed.communicate()[1]
-        if undisturbed.returncode:
-            sys.exit(words)
-        whole, expected = time.perf_counter() - begin, contents(folder / "undisturbed")
-        for i in trange(options.kills, disable=None):
-            alive = False
-            while not alive:
-                out, moment = folder / f"{i}-{late}", chance.uniform(0, whole)
-                alive, half = kill(start(out, options.args), out, moment, i % 3 == 2)
-                late += not alive
-            resumed = start(out, [*options.args, "--resume"])
-            words = resumed.communicate()[1].strip()
-            equal = contents(out) == expected
-            verdict = words if resumed.returncode else "equal" if equal else "DIFFERS"
-            halves, bad = halves + half, bad + (resumed.returncode != 0 or not equal)
-            kind = ", a file half written" * half
-            print(
-                f"{i + 1}: killed after {moment:.1f} of {whole:.1f} s{kind}; {verdict}", flush=True
-            )
+        out, begin = Path(folder) / "run", time.perf_counter()
+        words = ["--out", out, *options.args]
+        finish(start(*words))
+        whole, expected = time.perf_counter() - begin, contents(out)
+        for i in range(options.kills):
+            half = None
+            while half is None:
+                shutil.rmtree(out, ignore_errors=True)
+                moment = chance.uniform(0, whole)
+                half = kill(start(*words), out, moment, i % 3 == 2)
+            resumed = start(*words, "--resume")
+            said = resumed.communicate()[1].strip()
+            equal = resumed.returncode == 0 and contents(out) == expected
+            verdict = said if resumed.returncode else "equal" if equal else "DIFFERS"
+            halves, bad = halves + half, bad + (not equal)
+            when = f"killed after {moment:.1f} of {whole:.1f} s" + ", a file half written" * half
+            print(f"{i + 1}: {when}; {verdict}", flush=True)
     print(f"{options.kills} kills, {halves} of them in the middle of writing; {bad} lost or differ")
     sys.exit(bool(bad))
 

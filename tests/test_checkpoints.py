@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import datetime
 import os
 from pathlib import Path
 
@@ -27,9 +26,8 @@ def test_reads_sizes_off_the_tensors(checkpoint):
     assert generator.resolution == 32 and generator.n_mlp == 4 and generator.w_dim == 32
     assert generator.channels == {4: 32, 8: 24, 16: 24, 32: 16}
     assert not generator.training and not any(p.requires_grad for p in generator.parameters())
-    state, expected = generator.state_dict(), checkpoint["g_ema"]
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in state)
+    state = generator.state_dict()
+    assert all(torch.equal(state[name], x) for name, x in checkpoint["g_ema"].items())
     assert torch.equal(generator.w_avg, checkpoint["latent_avg"])
 
 
@@ -42,12 +40,9 @@ def test_round_trip(tmp_path, suffix):
         assert os.listdir(tmp_path) == [path.name]
     assert_same(load_generator(path), generator)
     if suffix == ".pt":
-        saved = torch.load(path, weights_only=True)
-        assert saved.keys() == {"g_ema", "latent_avg"}
-        assert saved["g_ema"].keys() == generator.state_dict().keys()
+        assert torch.load(path, weights_only=True).keys() == {"g_ema", "latent_avg"}
     else:
         with safetensors.safe_open(path, "pt") as file:
-            assert file.keys() == sorted([*generator.state_dict(), "latent_avg"])
             assert '"resolution": 8' in file.metadata()["config"]
 
 
@@ -79,8 +74,8 @@ def test_adapted_generator_has_no_latent_avg(save, checkpoint):
     assert (generator.w_avg - w.mean(0)).norm() < 0.1 * w.std(0).norm()
     assert_same(load_generator(save(checkpoint["g_ema"])), generator)  # a state dict alone
     halves = {name: tensor.half() for name, tensor in checkpoint["g_ema"].items()}
-    state = load_generator(save(halves)).state_dict()
-    assert all(torch.equal(state[name], halves[name].float()) for name in state)
+    floats = {name: tensor.float() for name, tensor in halves.items()}
+    assert_same(load_generator(save(halves)), load_generator(save(floats)))
 
 
 def test_what_is_not_learned_may_be_missing(save, checkpoint):
@@ -114,7 +109,7 @@ def test_the_content_says_the_format(tmp_path):
             assert_same(load_generator(tmp_path / name), load_generator(source))
 
 
-@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 5])
 def test_other_values_beside_the_generator_stay_unread(save, protocol):
     content, expected = torch.load(TINY, weights_only=True), load_generator(TINY)
     known = [b"x", b"", {1}, np.float64(0.5), np.arange(3), torch.device("cpu"), {0.5: 1, (1,): 3}]
@@ -126,13 +121,9 @@ def test_other_values_beside_the_generator_stay_unread(save, protocol):
     inside.append((inside,))  # a tuple in itself
     for name, value in {
         "pathlib.": [Path("x"), inside, frozenset([1]), bytearray(b"x")],
-        "torch.float16": torch.float16,
         "collections.defaultdict": collections.defaultdict(list, x=[1]),
-        "collections.deque": collections.deque([1]),
-        "datetime.datetime": datetime.datetime(2024, 1, 1),
         "posix.system": Payload(),
         "torch._utils._rebuild_sparse_tensor": torch.zeros(3).to_sparse(),
-        "torch.ComplexFloatStorage": torch.zeros(3, dtype=torch.complex64),
     }.items():
         path = save({**content, "args": {"value": value}}, pickle_protocol=protocol)
         with pytest.warns(UserWarning, match=f"left unread, as nothing is run: .*'{name}"):
@@ -164,35 +155,24 @@ ONE, PLAIN = torch.zeros(1), f"'{BIAS}' is not a plain tensor of floats"
 LACKS = "not a rosinality generator, it lacks"
 OTHERS = [  # content: message
     ([1, 2], f"{NOT}; "),
-    (ONE, f"{NOT}; "),
-    ({}, f'{NOT}, it has no "g_ema" or "G_ema"; '),
     ({"g": {}}, f'{NOT}, it has no "g_ema"; '),
-    ({"G": {}, "G_ema": None}, f'{NOT}, it has no "G_ema"; '),
     ({"g_ema": Payload()}, f"{NOT}, it has no \"g_ema\", but the name 'posix.system' is not all"),
     (Payload(), "the name 'posix.system' is not allowed; "),
     (CLIP, "a CLIP, not a generator; "),
-    ({"g_ema": CLIP}, "a CLIP, not a generator; "),
     ({"g_ema": {"x": ONE}}, f"{LACKS} 'input.input', 'conv1."),
     ({"g_ema": {"synthesis.b4.const": ONE}}, "NVIDIA's tensors without"),
 ]
 CHANGES = [  # name in the checkpoint or its state dict, its value if it is not missing: message
     ("latent_avg", torch.zeros(31), '"latent_avg" is not a vector of 32'),
-    ("latent_avg", torch.zeros(32, dtype=torch.int64), '"latent_avg" is not a vector of 32'),
     ("style.1.bias", "missing", f"{LACKS} 'style.1.bias'"),
-    ("convs.5.conv.weight", "missing", f"{LACKS} 'convs.5.conv.weight'"),
     ("convs.6.conv.weight", ONE, "not a rosinality generator, it has 'convs.6.conv.weight'"),
     ("convs.99.conv.weight", ONE, "the config's resolution is "),
     ("style.2.weight", torch.zeros(32, 16), "style.2.weight is (32, 16), not (32, 32)"),
-    ("to_rgb1.bias", torch.zeros(3), "to_rgb1.bias is (3,), not (1, 3, 1, 1)"),
-    ("convs.0.conv.blur.kernel", ONE, "convs.0.conv.blur.kernel is (1,), not (4, 4)"),
     ("noises.noise_6", ONE, "noises.noise_6 is (1,), not (1, 1, 32, 32)"),
     ("latent_avg", torch.full([32], torch.nan), "not finite: 'latent_avg'"),
-    ("noises.noise_2", torch.full([1, 1, 8, 8], torch.inf), "not finite: 'noises.noise_2'"),
     (BIAS, torch.full([24], 1e300, dtype=torch.float64), f"not finite: '{BIAS}'"),  # as float32
-    (BIAS, None, PLAIN),
     (BIAS, torch.zeros(24, dtype=torch.int64), PLAIN),
     (BIAS, ONE.expand(10**12), PLAIN),
-    (BIAS, torch.zeros(24).to_sparse(), f"{PLAIN}: the name 'torch._utils._rebuild_sp"),
     (BIAS, Payload(), f"{PLAIN}: the name 'posix.system' is not allowed"),
 ]
 
@@ -208,11 +188,3 @@ def test_other_files(save, checkpoint):
             del part[name]
         for load in (load_generator, read_checkpoint):
             assert refusal(load, save(content)).startswith(message)
-
-
-def test_a_small_file_makes_no_large_noise(save):
-    with torch.device("meta"):
-        state = Generator(4096, {2**k: 1 for k in range(2, 13)}, w_dim=1, n_mlp=1).state_dict()
-    state = {n: torch.zeros(x.shape) for n, x in state.items() if not n.startswith("noises.")}
-    said = refusal(load_generator, save({"g_ema": state}))
-    assert said.startswith(f"{LACKS} 'noises.noise_0'")

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from dataclasses import replace
 
 import pytest
@@ -50,23 +49,17 @@ def another(**members):
     ("generator", "words"),
     [
         (another(synthesis=lambda g, w: (draw(g, w) + 1) / 2), r"lie in \[0\..*not \[-1, 1\]"),
-        (another(synthesis=lambda g, w: 127.5 * draw(g, w)), r"lie in \[-127, 127\]"),
         (another(synthesis=lambda g, w: draw(g, w) / 0 * 0), r"lie in \[nan, nan\]"),
         (another(synthesis=lambda g, w: draw(g, w.flatten(1)[:, :8] * w.ndim)), "a w for each"),
-        (another(synthesis=lambda g, w: g.high(w).view(2, 3, 16, 16).tanh()), "RuntimeError"),
-        (another(layers=lambda g: [g.low]), r"1 layers\(\); wanted: num_ws, 2"),
         (another(resolution=32), r"\[2, 3, 16, 16\].*wanted.*32, 32"),
         (Toy().double(), "float32|dtype"),
-        (Toy().train(), "training mode"),
         (torch.nn.Linear(2, 2), "AttributeError.*num_ws"),
     ],
 )
 def test_generators_that_do_not_fit(generator, words, clip_pair):
-    stage1 = functools.partial(ipl.train_mapper, QUICK, rng=rng())
-    for call, more in ((ipl.check_generator, ()), (stage1, clip_pair)):
-        with pytest.raises(ValueError, match=words) as caught:
-            call(generator, *more)
-        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=words) as caught:
+        ipl.train_mapper(QUICK, generator, *clip_pair, rng=rng())
+    assert "\n" not in str(caught.value)
 
 
 def test_a_generator_without_noise_or_stylegan(clip_pair):
@@ -83,8 +76,8 @@ def test_a_generator_without_noise_or_stylegan(clip_pair):
 
 
 @contextlib.contextmanager
-def default_dtype(dtype):
-    torch.set_default_dtype(dtype)
+def float64():
+    torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
@@ -99,11 +92,9 @@ def usual(source, clip_pair):
 @pytest.mark.parametrize(
     "state",
     [
-        pytest.param(lambda: default_dtype(torch.float64), id="float64"),
-        pytest.param(lambda: default_dtype(torch.bfloat16), id="bfloat16"),
+        float64,
         pytest.param(lambda: torch.device("meta"), id="device"),
         pytest.param(lambda: torch.autocast("cpu", torch.bfloat16), id="autocast"),
-        torch.no_grad,
         torch.inference_mode,
     ],
 )
@@ -135,7 +126,6 @@ def test_a_clip_with_gradients_stays_as_it_is(source, clip_pair, usual):
     [
         ({"source": "Anime ", "target": "anime"}, "source and target are both 'anime'"),
         ({"batch_mapper": 1}, r"Config\(batch_mapper=1\); wanted: at least 2"),
-        ({"steps": 0}, r"Config\(steps=0\); wanted: at least 1"),
         ({"freeze": "i"}, "no parameter .* freeze is 'i'"),  # in weight and in bias
         ({"clip_weights": (1.0, 2.0)}, "1 clips, 1 directions, 2 clip_weights"),
     ],

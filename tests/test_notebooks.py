@@ -40,32 +40,19 @@ def codes(notebook):
     return [cell for cell in cells if SKIP not in tags(cell)]
 
 
-def outputs(notebook):
-    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
-
-
-def shown_text(output):
-    data = output.get("data", {}).values()
-    return "\n".join([output.get("text", ""), *(x for x in data if "\n" in x or len(x) < 1000)])
-
-
 def test_are_numbered_from_one_without_gaps_and_named_in_the_index():
     assert [path.name[:3] for path in PATHS] == [f"{i:02}_" for i in range(1, len(PATHS) + 1)]
     index = (FOLDER / "README.md").read_text()
-    assert PATHS
     assert re.findall(r"\]\((\d\d_\w+\.ipynb)\)", index) == [path.name for path in PATHS]
 
 
 def test_has_a_clean_form(path, notebook):
     nbformat.validate(notebook)
-    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     text = path.read_text()
     assert path.stat().st_size <= 400_000
     # as nbconvert writes it, which else would touch every line
     assert text == json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n"
-    assert notebook.metadata.keys() == {"kernelspec", "language_info"}
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    assert {**kernel, **notebook.metadata.kernelspec} == kernel
+    assert notebook.metadata.kernelspec.name == "python3"
     assert notebook.metadata.language_info == {"name": "python"}
     for cell in notebook.cells:
         assert cell.metadata.keys() <= {"tags"} and set(tags(cell)) <= {SKIP, IGNORE}
@@ -80,16 +67,15 @@ def test_was_run_from_top_to_bottom(notebook):
 
 
 def test_shows_pictures_and_text_and_nothing_of_the_machine(notebook):
-    kinds = [output.data.keys() for output in outputs(notebook) if "data" in output]
-    assert any("image/png" in kind for kind in kinds)
-    assert set().union(*kinds) <= {"image/png", "text/plain"}
-    for output in outputs(notebook):  # no error or warning; no value at the end of a cell
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    data = [output.get("data", {}) for output in outputs]
+    assert set().union(*data) == {"image/png", "text/plain"}
+    for output, shown in zip(outputs, data, strict=True):
+        # no error or warning; no value at the end of a cell
         assert output.output_type in ("stream", "display_data") and not output.get("metadata")
         assert output.get("name") != "stderr"
-        text = shown_text(output)
-        assert not re.search(r"\b0x[0-9a-f]{6,}", text)  # an address
-        assert not re.search(r"(^|[\s'\"=(])/\w+/", text), text  # an absolute path
-        assert not re.search(r"\bcuda:\d|\d\d:\d\d:\d\d", text), text
+        text = output.get("text", "") + shown.get("text/plain", "")  # no address, path or time
+        assert not re.search(r"\b0x[0-9a-f]{6,}|(^|[\s'\"=(])/\w+/|\bcuda:\d|\d\d:\d\d:\d\d", text)
 
 
 def test_begins_with_title_and_setup_and_leads_on(path, notebook):
@@ -97,13 +83,10 @@ def test_begins_with_title_and_setup_and_leads_on(path, notebook):
     number, last = PATHS.index(path), notebook.cells[-1]
     assert title.source.startswith(f"# {number + 1} · ")
     assert place.source == nbformat.read(PATHS[0], as_version=4).cells[1].source
-    lines = setup.source.splitlines()
-    assert {"import ipl", "import miniature"} & {*lines} and "import plots" in lines
-    assert "rng = torch.Generator().manual_seed(0)" in lines[-2:]
+    assert "rng = torch.Generator().manual_seed(0)" in setup.source.splitlines()[-2:]
     name = PATHS[number + 1].name if number + 1 < len(PATHS) else "../README.md"
     assert last.cell_type == "markdown" and f"({name})" in last.source.strip().splitlines()[-1]
     assert "## Conclusion" in last.source
-    assert any("## Change one number" in cell.source for cell in notebook.cells[-4:])
     texts = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     local = re.findall(r"\]\((?!https?://|#)([^)\s]+)\)", texts)
     assert local and all((FOLDER / link.partition("#")[0]).exists() for link in local), local

@@ -1,6 +1,5 @@
 """NVIDIA's pickles: golden numbers of the published networks, all variants, and what is refused."""
 
-import hashlib
 import pickle
 
 import numpy as np
@@ -9,8 +8,6 @@ import torch
 from conftest import GOLDEN, assert_same, close, normal, refusal
 
 from checkpoints import load_generator, save_generator
-from checkpoints.nvidia import _names
-from checkpoints.stylegan2 import read_checkpoint
 from stylegan2_ops import Generator
 from tests.nvidia_pickles import Call, changed, dumps, module, network, torch_save
 
@@ -53,31 +50,13 @@ def test_images_gradient_mapping_and_truncation(name):
         golden_close(generator.w_avg.lerp(w, 0.7), golden["ws_psi07"][i, 0])
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_tensor_is_that_of_g_ema(name):
-    expected = IO[name]["expected"]["G_ema"]
-    layout, config, state, w_avg, beside = read_checkpoint(GOLDEN / f"{name}.pkl")
-    assert layout == "NVIDIA's"
-    assert beside == ["training_set_kwargs", "G", "D", "augment_pipe"]
-    kind = (config[x] for x in ("n_mlp", "c_dim", "architecture"))
-    names = _names(list(config["channels"]), *kind)
-    assert state.keys() == names.keys()
-    tensors = {names[ours]: t / 4 if ours.endswith("kernel") else t for ours, t in state.items()}
-    tensors["mapping.w_avg"] = w_avg
-    for theirs, tensor in tensors.items():
-        digest = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-        assert digest == expected[theirs]["sha256"], theirs
-        assert tensor.numel() == torch.Size(expected[theirs]["shape"]).numel()
-    assert all(name.endswith("resample_filter") for name in expected.keys() - tensors.keys())
-
-
 def test_same_as_the_converted_file():
     assert_same(load("nvidia_tiny"), load_generator(GOLDEN / "nvidia_tiny_as_rosinality.pt"))
 
 
 def test_conditional_needs_a_class(tmp_path):
     path, saved = GOLDEN / "nvidia_variant_cond.pkl", tmp_path / "g.safetensors"
-    for wrong in (None, 5, -1):
+    for wrong in (None, 5):
         said = refusal(load_generator, path, class_index=wrong)
         assert said.startswith(f"class {wrong} of 5 classes; ") and said.endswith(" from 0 to 4")
     said = refusal(load_generator, GOLDEN / "nvidia_tiny.pkl", class_index=0)
@@ -177,9 +156,6 @@ def test_variants_are_read_and_kept(tmp_path, name):
     assert said.startswith("no place for z of 5 and w of 16 numbers in rosinality's layout; ")
     save_generator(generator, path)  # the clamp lies beside g_ema, where only we look
     assert_same(load_generator(path), generator)
-    content = torch.load(path, weights_only=True)
-    assert content.keys() == {"g_ema", "latent_avg", "generator_config"}
-    assert content["g_ema"].keys() == Generator(16, generator.channels, 16, 2).state_dict().keys()
 
 
 def test_orig_is_the_convolutions_and_one_to_rgb():
@@ -200,30 +176,22 @@ SIGNAL = module("SynthesisInput", size=np.array([36, 36]), bandwidth=np.float64(
 STYLEGAN3 = module("Generator", {}, {"synthesis": module("Synthesis", {}, {"input": SIGNAL})})
 TENSORFLOW = Call("dnnlib.tflib.network", "Network", {"version": 4})
 NAN, ATTENTION = torch.full([16, 16, 3, 3], torch.nan), {"a": module("A", {"q": torch.ones(2)})}
-FC, CONV, BLOCK = "mapping.fc0", "synthesis.b8.conv0", "synthesis.b8"
-DIFFER = "G_ema: its blocks differ in architecture, conv_clamp or use_fp16"
+FC, CONV = "mapping.fc0", "synthesis.b8.conv0"
 OTHERS = [  # content: message
     ((TENSORFLOW, TENSORFLOW, TENSORFLOW), "a pickle of the TensorFlow era; wanted: "),
     ({"G": None, "G_ema": STYLEGAN3}, "G_ema is a StyleGAN3 generator; wanted: a StyleGAN2 "),
     ({"G": STYLEGAN3}, 'not a generator checkpoint, it has no "G_ema"; wanted: '),
     (other(FC, _modules=ATTENTION), f"G_ema is not a plain StyleGAN2 generator, it has '{FC}"),
-    (other("", img_channels=1), "G_ema.img_channels is 1; wanted: 3"),
     (other("", z_dim="8"), "the config's z_dim is '8'; wanted: 1 to 65535"),
-    (other("", z_dim=[8]), "G_ema.z_dim is a list; wanted: a number"),
     (other("", z_dim=9), "style.1.weight is (16, 16), not (16, 9)"),
     (other(FC, bias_gain=0.1), f"G_ema.{FC}.bias_gain is 0.1; wanted: 0.01"),
-    (other(CONV, use_noise=False), f"G_ema.{CONV}.use_noise is False; wanted: True"),
     (other(CONV, activation="relu"), f"G_ema.{CONV}.activation is 'relu'; wanted: 'lrelu'"),
-    (other(CONV, conv_clamp=1), DIFFER),
-    (other(BLOCK, use_fp16=True), DIFFER),
+    (other(CONV, conv_clamp=1), "G_ema: its blocks differ in architecture, conv_clamp or use_fp16"),
     (other(CONV, weight=None), f"G_ema lacks '{CONV}.weight'"),
-    (other(CONV, weight=5), f"'{CONV}.weight' is not a plain tensor of floats"),
     (other(CONV, weight=torch.zeros(9, 16, 3, 3)), "convs.0.conv.weight is (1, 9, 16, 3, 3)"),
     (other(CONV, weight=NAN), "not finite: 'convs.0.conv.weight'"),
     (other("synthesis", b4=None), "G_ema is no StyleGAN2 generator: its blocks are not 4, 8,"),
-    (other("synthesis", b8=3), "G_ema.synthesis.b8 is no module, or one of too many"),
     (other("mapping", w_avg=torch.zeros(7)), '"latent_avg" is not a vector of 16'),
-    (other("mapping", w_avg=NAN[0, :, 0, 0]), "not finite: 'latent_avg'"),
     (other("mapping", x=Call("a.b", "C")), "G_ema.mapping has 'x': the name 'a.b.C' is not"),
 ]  # fmt: skip
 
