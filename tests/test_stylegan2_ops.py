@@ -158,7 +158,8 @@ def random_upfirdn2d(seed, draw):
     up, down = [[draw.randint(1, 4), draw.randint(1, 4)] for _ in range(2)]
     padding = [draw.randint(-1, 5) + (seed == 11) for _ in range(4)]
     more = dict(f=torch.randn(sizes), up=up, down=down, padding=padding, flip_filter=seed % 2 == 1)
-    shape = draw.randint(0, 3), draw.randint(1, 5), draw.randint(7, 9), draw.randint(7, 9)
+    size = draw.randint(7, 9), draw.randint(7, 9)
+    shape = draw.randint(1, 3) if seed else 0, draw.randint(1, 5), *size
     return partial(upfirdn2d, **more, gain=1.7), {"x": torch.randn(shape)}
 
 
@@ -183,15 +184,17 @@ def against_reference(random_case, seed, impl, device):
     exact = {name: x.detach().double().cpu().requires_grad_() for name, x in inputs.items()}
     shapes = [function(**exact, impl="ref").shape, *(x.shape for x in inputs.values())]
     r, *along = (torch.randn(shape).to(dtype) for shape in shapes)
+    start, kernels, wide = _cuda.start, [], seed % 6 == 1
     with pytest.MonkeyPatch.context() as patch:
-        if seed % 6 == 1:
-            patch.setattr(_cuda, "INT_LIMIT", 0)
+        patch.setattr(_cuda, "start", lambda *args: (kernels.append(args[1]), start(*args)))
+        patch.setattr(_cuda, "INT_LIMIT", 0 if wide else _cuda.INT_LIMIT)
         actual = derivatives(partial(function, impl=impl), inputs, r, along)
         for layout in (torch.contiguous_format, torch.channels_last):
             kept = actual["y"].is_contiguous(memory_format=layout)
             assert kept or impl == "ref" or not inputs["x"].is_contiguous(memory_format=layout)
     expected = derivatives(partial(function, impl="ref"), exact, r, along)
     assert {y.dtype for y in actual.values()} == {dtype}
+    assert all((("INT", "long long") in macros) == wide for macros in kernels)
     return zip(actual.values(), expected.values(), strict=True)
 
 
