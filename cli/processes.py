@@ -327,6 +327,7 @@ def make_all(runs, make):
     if codes:
         raise SystemExit(codes[0])
     if dist.is_initialized():  # after an error it might wait for processes that are gone
+        dist.barrier()  # without which gloo can wait for itself, in torch before 2.8
         dist.destroy_process_group()
 
 

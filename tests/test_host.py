@@ -158,8 +158,13 @@ def test_networks_and_directions_that_are_refused(clip_pair):
 
 
 def test_warnings(source, clip_pair):
+    cfg = replace(QUICK, steps_mapper=1, ema=0.99)
+    mute = ipl.LatentMapper(source.w_dim, 4, clip_pair[0].token_embedding.embedding_dim)
+    mute.load_state_dict({name: 0 * x for name, x in mute.state_dict().items()})  # of equal prompts
     with pytest.warns(UserWarning) as caught:
-        ipl.adapt(replace(QUICK, steps_mapper=1, ema=0.99), source, [clip_pair], rng=rng())
+        ipl.train_mapper(cfg, source, *clip_pair, rng=rng(), mapper=mute)
+        direction = ipl.label_direction(cfg, clip_pair[0])
+        ipl.adapt_generator(cfg, source, [clip_pair], [direction], rng=rng())
     words = " ".join(str(warning.message) for warning in caught)
     assert "stage 1 learned little" in words
     assert "after 3 steps 97% of the average is still the source generator" in words
