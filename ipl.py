@@ -141,26 +141,26 @@ def plain_torch():
 
 
 @plain_torch()
-@torch.no_grad()
 def check_generator(generator):
-    """Hold an object to the protocol of `Generator`, by two images of it: shapes, values, the same
-    from W equal w, W layers(), float32, eval mode; or ValueError, of one sentence."""
+    """Hold an object to the protocol of `Generator`, by two images of it: shapes, values, gradient,
+    the same from W equal w, W layers(), float32, eval mode; or ValueError, of one sentence."""
     try:
         W, R, w_dim = generator.num_ws, generator.resolution, generator.w_dim
         z = torch.randn(2, generator.z_dim, generator=torch.Generator().manual_seed(0))
-        w = generator.mapping(z.to(generator.w_avg.expand(w_dim)))
-        x = generator.synthesis(w, rng=None)
-        x_plus = generator.synthesis(w[:, None].repeat(1, W, 1), rng=None)
+        w = generator.mapping(z.to(generator.w_avg.expand(w_dim))).detach()
+        w_plus = w[:, None].repeat(1, W, 1).requires_grad_()
+        x, x_plus = generator.synthesis(w, rng=None), generator.synthesis(w_plus, rng=None)
         shapes, wanted = (w.shape, x.shape), ((2, w_dim), (2, 3, R, R))
         low, high, apart = x.min().item(), x.max().item(), (x_plus - x).abs().mean().item()
         kinds = {(p.dtype, p.is_inference()) for p in generator.parameters()}
-        layers = generator.layers()
-    except (AttributeError, TypeError, RuntimeError, LookupError, ValueError) as error:
+        modules = sum(isinstance(layer, nn.Module) for layer in generator.layers())
+    except Exception as error:  # whatever a stranger's methods can raise
         found = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"generator does not fit ipl.Generator: {found}") from error
     for fits, problem in (
         (shapes == wanted, f"w and images are {[*map(list, shapes)]}; wanted: {wanted}"),
-        (len(layers) == W, f"{len(layers)} layers(); wanted: num_ws, {W}"),
+        (modules == W, f"{modules} modules in layers(); wanted: num_ws, {W}"),
+        (x_plus.requires_grad, "no gradient flows from its images to w"),
         (generator.w_avg.isfinite().all(), "its w_avg is not finite"),
         (-25 < low < 0 and high < 25, f"its images lie in [{low:.3g}, {high:.3g}], not [-1, 1]"),
         (apart < 0.01, "a w for each layer, all alike, draws another image than one w for all"),
@@ -403,7 +403,7 @@ def label_features(clip_model, label, templates=TEMPLATES):
     """What a label means in general: the mean [e] of its normalised features in many sentences."""
     texts = [template.format(label) for template in templates]
     if not clip_model.token_embedding(tokenize(clip_model, label)[0]).any(dim=-1).all():
-        warnings.warn(f"this CLIP has never read {label!r}: the row of a token is 0", stacklevel=3)
+        warnings.warn(f"this CLIP has never read {label!r}; wanted: words it has", stacklevel=3)
     return F.normalize(encode_texts(clip_model, texts), dim=-1).mean(dim=0)
 
 
