@@ -65,8 +65,14 @@ def start(*words, folder=ROOT, before=(sys.executable,), script="ipl.py", **envi
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by jobs in "&"
+        preexec_fn=hear_signals,
     )
+
+
+def hear_signals():
+    """Those that nohup and jobs in "&" ignore, and hand down."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def finish(job):
