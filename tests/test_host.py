@@ -150,7 +150,7 @@ def test_settings_that_are_refused(clip_pair, settings, words):
 def test_networks_and_directions_that_are_refused(clip_pair):
     with torch.inference_mode():
         toy = Toy()
-    with pytest.raises(ValueError, match="inference_mode"):
+    with pytest.raises(ValueError, match="(?i)inference"):
         ipl.check_generator(toy)
     half = copy.deepcopy(clip_pair[0]).half()  # as clip.load leaves it on a GPU
     with pytest.raises(ValueError, match="clip_model is in torch.float16; wanted: float32"):
