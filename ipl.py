@@ -76,7 +76,7 @@ class Config:
     method: Literal["ipl", "nada"] = "ipl"  # Own prompts for each image; or one direction for all.
     clip_weights: tuple[float, ...] = ()  # Weight of each CLIP in stage 2; else 1.
 
-    n_ctx: int = 4  # Prompts: number of learned vectors, m.
+    n_ctx: int = 4  # Prompts: number of learned vectors, m; deviation 6 of ipl.py.
     ctx_init: str = "a photo of a"  # Prompts: the fixed text of residual prompts.
     residual: Literal["published", "label", "none"] = "published"  # Prompts: deviation 1 of ipl.py.
 
@@ -239,7 +239,7 @@ def clip_transform(images, resolution):
     x = (images + 1) / 2
     H, W = x.shape[-2:]
     short = min(H, W)
-    if short != resolution:
+    if short != resolution:  # deviation 4: antialiasing
         size = (H * resolution // short, W * resolution // short)
         x = F.interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)
     top, left = (round((side - resolution) / 2) for side in x.shape[-2:])

@@ -25,8 +25,10 @@ from cli.settings import Settings, check
 
 CHECKPOINT = "checkpoint.pt"
 GENERATORS = ("generator.pt", "generator.safetensors")
-NETWORKS = (*GENERATORS, "mapper.safetensors")
-FILES = (CHECKPOINT, *NETWORKS, "config.json", "history.jsonl", "curves.png", "samples.png")
+FILES = (
+    CHECKPOINT, *GENERATORS, "mapper.safetensors", "config.json", "history.jsonl", "curves.png",
+    "samples.png",
+)  # fmt: skip
 
 
 def name_of(settings):
