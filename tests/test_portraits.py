@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from miniature.portraits import faces
+from miniature import faces
 
 
 @pytest.fixture(scope="module")

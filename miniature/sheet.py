@@ -1,4 +1,4 @@
-"""A sheet of the redrawn world, ``python -m miniature.portraits``: a domain a row."""
+"""A sheet of the portrait world, ``python -m miniature.sheet``: a domain a row."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from checkpoints.files import write_atomically
-from miniature.portraits import faces
+from miniature import faces
 
 
 def sheet(n=6, size=128, seed=0):

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from miniature.portraits.canvas import (
+from miniature.canvas import (
     CEL,
     Canvas,
     blurred,

@@ -1,0 +1,51 @@
+"""Pictures by the ten thousand, drawn once, by all processors."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+from tqdm import tqdm
+
+from miniature import faces
+
+CHUNK = 100  # pictures that share a seed, whatever the number of processes
+
+
+def chance(n, seed):
+    """The noise [n, 1, SIZE, SIZE] of which the pictures of `draw` with this seed are made."""
+    return torch.cat([_noise(min(CHUNK, n - i), seed, i) for i in range(0, n, CHUNK)])
+
+
+def _noise(n, seed, first):
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
+    return torch.randn(n, 1, faces.SIZE, faces.SIZE, generator=rng)
+
+
+@torch.inference_mode()
+def _chunk(persons, styles, seed, first):
+    torch.set_num_threads(1)
+    pictures = faces.render(persons, styles, noise=_noise(len(persons), seed, first))
+    return ((pictures + 1) * 127.5).round().to(torch.uint8).numpy()  # an array: sent as its bytes
+
+
+def draw(persons, styles, seed, *, processes=None, desc="pictures"):
+    """Pictures, uint8 [n, 3, SIZE, SIZE], of persons in styles [n, 6], each with its own noise.
+
+    seed: of the noise, see `chance`. processes: how many draw, each on a thread; all processors
+    unless told otherwise. The pictures are the same for any number.
+    """
+    places = range(0, len(persons), CHUNK)
+    parts = [(persons[i : i + CHUNK], styles[i : i + CHUNK], seed, i) for i in places]
+    images = torch.empty(len(persons), 3, faces.SIZE, faces.SIZE, dtype=torch.uint8)
+    processes = min(processes or os.cpu_count() or 1, len(parts))
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        drawn = pool.map(_chunk, *zip(*parts, strict=True))
+        for i, part in zip(places, tqdm(drawn, desc, len(parts), disable=None), strict=True):
+            images[i : i + CHUNK] = torch.from_numpy(part)
+    return images
+
+
+def as_images(pixels):
+    """uint8 pictures, as floats in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
