@@ -8,24 +8,31 @@ For every target and seed the generator is adapted with each way to choose the t
   published  the same, but stage 1's residual prompts, loss weights and number of steps are the
              published ones (its rate and batch are those of the preset)
   mean       oracle: the mean of the true steps of 256 persons
-  own        oracle: each image's own true step
+  own        oracle: each image's own true step, of a bank of persons whose steps are known
   caption    oracle: the step between the two full captions of that very person
+  pixels     only if asked for, what the generator can do at all: stage 2 without any CLIP, by the
+             L1 distance from the bank's true pictures
 
-Then the judge, which shares nothing with the CLIP, looks at n pictures without truncation, from
-latents that no training uses. Its figures are explained in miniature/truth.py; one more is
+Targets whose truth depends on the person (PERSONAL) get a longer stage 2 (LONG) with all methods,
+unless --no-long. Then the judge, which shares nothing with the CLIP, looks at n pictures without
+truncation, from latents that no training uses. Its figures are explained in miniature/truth.py;
+one more is
 
   cosine     mean cos of the text direction and the true step of that person
 
 With --run it only reads one finished run. A row is the mean over the seeds, +- half the 95%
 interval of Student's t; differences are of runs of one seed (stage 1 draws from the same
-generator, so IPL's stage 2 sees other latents than NADA's). Each cue, `source` and `inception` are
-in the JSON file only. Whatever is finished is kept in the folder of --out, so a stopped evaluation
-goes on where it was; the same command with fewer targets or seeds writes the table of those. The
-head of the table says how long its runs took.
+generator, so IPL's stage 2 sees other latents than NADA's). Each cue, `source`, `inception` and
+`forms` are in the JSON file only. The true pictures are drawn before the runs, by all processors.
+Whatever is finished is kept in the folder of --out, so a stopped evaluation goes on where it was;
+the same command with fewer targets or seeds writes the table of those. The head of the table says
+how long its runs took.
 """
 
+import copy
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -40,32 +47,41 @@ from pathlib import Path
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ipl
 from checkpoints import load_generator
 from checkpoints.files import write_atomically
+from cli.processes import pick_device
 from cli.run_folder import find_generator, read_config
 from cli.settings import MINIATURE, Settings, check
 from miniature import CLIP, GENERATOR, JUDGE, captions, faces
 from miniature.judge import load_judge
-from miniature.truth import Truth
+from miniature.train import pool
+from miniature.truth import Truth, as_pixels
 
-METHODS = ("nada", "ipl", "published", "mean", "own", "caption")
+METHODS = ("nada", "ipl", "published", "mean", "own", "caption", "pixels")
 OF_THE_PAPER = "residual", "lambda_domain", "lambda_source", "steps_mapper"
 PUBLISHED = {name: getattr(ipl.Config(), name) for name in OF_THE_PAPER}
-SHOWN = "target soft cues attributes identity diversity frechet structure cosine".split()
+PERSONAL = ("monster", "fairy tale")
+LONG = dict(steps=400, lr=0.012)
+SHOWN = "target none soft cues attributes identity diversity frechet constant structure cosine"
+SHOWN = SHOWN.split()
 
 
 @dataclass(frozen=True)
 class Config:
     targets: tuple[str, ...] = faces.DOMAINS[1:]  # Target domains.
-    methods: tuple[str, ...] = METHODS  # See above.
+    methods: tuple[str, ...] = METHODS[:-1]  # See above.
     seeds: tuple[int, ...] = (101, 102, 103, 104, 105)  # Of the training runs.
     run: Path | None = None  # A finished run of ipl.py on the miniature, to be read instead.
     out: Path = Path("runs/evaluate")  # Where results are collected.
-    n: int = 512  # Pictures.
+    n: int = 256  # Pictures.
     latents: int = 50_000  # Seed of their latents.
+    bank: int = 512  # Persons whose true steps the oracles know.
+    long: bool = True  # The longer stage 2 of some targets, see above.
+    device: str = "cpu"  # cpu, cuda or cuda:<n>, which all processes share; auto.
     processes: int = os.cpu_count() or 1  # Runs at a time, each on one CPU thread; 1: on all.
     preset: Settings = MINIATURE  # Of all runs, but for target, method, seed; see above.
 
@@ -76,21 +92,28 @@ class Config:
 
 class Oracle:
     """What a perfect direction could be; own, mean and caption are directions, as ipl.py has them:
-    functions (w, z, x_source) -> [B, e], which read the person off z.
+    functions (w, z, x_source) -> [B, e], which know persons by their z.
+
+    z [N, z_dim], steps [N, e]: latents, and the true steps of their persons, of which the first
+    `bank` are there for training. pixels: their true targets, uint8 [bank, 3, SIZE, SIZE].
     """
 
-    def __init__(self, clip_model, transform, target):
-        self.clip_model, self.transform, self.target = clip_model, transform, target
-        rng = torch.Generator().manual_seed(40_000)
-        steps = self.own(None, torch.randn(256, faces.W_DIM, generator=rng))
-        self.mean_step = F.normalize(steps, dim=-1).mean(0)
+    def __init__(self, clip_model, target, z, steps, bank, pixels=None):
+        self.clip_model, self.target, self.z, self.steps = clip_model, target, z, steps
+        self.bank, self.pixels = z[:bank].cpu(), pixels
+        self.mean_step = F.normalize(steps[:bank][:256], dim=-1).mean(0)
+
+    def latents(self, rng):
+        """The draw_z of training: n -> z [n, z_dim] of the bank."""
+        return lambda n: self.bank[torch.randint(len(self.bank), (n,), generator=rng)]
+
+    def rows(self, z):
+        """Where latents [B, z_dim] are among the known ones [B]."""
+        return torch.cdist(z, self.z).argmin(1)
 
     def own(self, w, z, x_source=None):
         """The step between the true pictures of that very person."""
-        persons = faces.persons_from_z(z)
-        styles = [faces.styles_of(d, len(z)) for d in ("photo", self.target)]
-        images = [self.transform(faces.render(persons, s)) for s in styles]
-        return ipl.feature_delta(*(self.clip_model.encode_image(x) for x in images))
+        return self.steps[self.rows(z)]
 
     def mean(self, w, z, x_source=None):
         """The mean of the true steps of 256 persons."""
@@ -98,7 +121,7 @@ class Oracle:
 
     def caption(self, w, z, x_source=None):
         """The step between the two full captions of that very person."""
-        people = faces.persons_from_z(z).categories
+        people = faces.persons_from_z(z.cpu()).categories
         texts = [[captions.full_caption(c, d) for c in people] for d in ("photo", self.target)]
         return ipl.feature_delta(*(ipl.encode_texts(self.clip_model, t) for t in texts))
 
@@ -108,12 +131,35 @@ def silent(stage, total, state):
     return range(total)
 
 
-def train(preset, target, method, seed, generator, clip_model, transform, oracle):
-    """One adaptation -> the generator, and its direction."""
-    cfg = replace(preset, target=target, seed=seed)
+def adapt_to_pixels(cfg, generator, oracle, rng):
+    """Stage 2 towards true pictures, else as ipl.adapt_generator -> the adapted generator."""
+    target = copy.deepcopy(generator)
+    average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    average.n_averaged.fill_(1)
+    named = [pair for layer in target.layers() for pair in layer.named_parameters()]
+    free = [p for name, p in named if not (cfg.freeze and cfg.freeze in name)]
+    parameters = [p.requires_grad_() for p in dict.fromkeys(free)]
+    betas = 0.0, 0.99 ** (4 / 5)
+    optimizer = torch.optim.Adam(parameters, lr=cfg.lr * 4 / 5, betas=betas, fused=True)
+    draw, noise_of = ipl.random_inputs(cfg, generator, rng, oracle.latents(rng))
+    for step in range(cfg.steps):
+        z = draw(cfg.batch)
+        images = target.synthesis(generator.mapping(z), rng=noise_of(step))
+        loss = F.l1_loss(images, pool.as_images(oracle.pixels[oracle.rows(z)]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(target)
+    return average.module.requires_grad_(False)
+
+
+def train(cfg, method, generator, clip_model, transform, oracle):
+    """One adaptation -> the generator, and its direction (of pixels, None)."""
     if method == "published":
         cfg = replace(cfg, **PUBLISHED)
-    rng = torch.Generator().manual_seed(seed)
+    rng, draw_z = torch.Generator().manual_seed(cfg.seed), None
+    if method == "pixels":
+        return adapt_to_pixels(cfg, generator, oracle, rng), None
     if method == "nada":
         direction = ipl.label_direction(cfg, clip_model)
     elif method in ("ipl", "published"):
@@ -122,8 +168,11 @@ def train(preset, target, method, seed, generator, clip_model, transform, oracle
         direction = ipl.prompt_directions(cfg, clip_model, mapper)
     else:
         direction = getattr(oracle, method)
-    clips = [(clip_model, transform)]
-    adapted, _ = ipl.adapt_generator(cfg, generator, clips, [direction], rng=rng, steps=silent)
+        draw_z = oracle.latents(rng) if method == "own" else None
+    clips, directions = [(clip_model, transform)], [direction]
+    adapted, _ = ipl.adapt_generator(
+        cfg, generator, clips, directions, rng=rng, draw_z=draw_z, steps=silent
+    )
     return adapted, direction
 
 
@@ -154,12 +203,12 @@ def cells(rows):
 def table(rows, cfg):
     """Markdown of all results: rows[target, method, seed] and rows[target, "truth", None]."""
     hours = sum(row.get("seconds", 0) for row in rows.values()) / 3600
+    gpu = " and part of a GPU" * any(row.get("device") == "cuda" for row in rows.values())
     seeds = ", ".join(map(str, cfg.seeds))
-    lines = [
-        f"{cfg.n} pictures from latents of seed {cfg.latents}; seeds {seeds}; "
-        f"the runs took {hours:.1f} hours of one CPU core.",
-        "",
-    ]
+    head = f"{cfg.n} pictures from latents of seed {cfg.latents}; seeds {seeds}; "
+    if long := " and ".join(t for t in cfg.targets if of_target(cfg, t)):
+        head += f"stage 2 of {long}: {LONG['steps']} steps at a rate of {LONG['lr']}, all methods; "
+    lines = [f"{head}the runs took {hours:.1f} hours of one CPU core{gpu}.", ""]
     for target in cfg.targets:
         kinds = {m: [rows[target, m, s] for s in cfg.seeds] for m in cfg.methods}
         kinds |= {name: [rows[target, name, None]] for name in ("source", "truth")}
@@ -173,25 +222,31 @@ def table(rows, cfg):
     return "\n".join(lines)
 
 
-def picture(strips, path):
-    """A panel for each target, two side by side, of five persons; strips: {target: {row: images}}.
+def picture(strips, path, side, columns):
+    """A panel for each target, some side by side, of five persons, each of side x side pixels.
 
-    In 96 colours, a third of the bytes.
+    strips: {target: {row: uint8 [5, 3, SIZE, SIZE]}}.
     """
-    width, height = 400, 64 * len(next(iter(strips.values()))) + 24
-    size = width * min(2, len(strips)), height * math.ceil(len(strips) / 2)
+    margin, gap, font = 80, 26, ImageFont.load_default(14)
+    width, height = margin + 5 * side, gap + side * len(next(iter(strips.values())))
+    columns = min(columns, len(strips))
+    size = width * columns, height * math.ceil(len(strips) / columns)
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
     for i, (target, rows) in enumerate(strips.items()):
-        left, top = width * (i % 2) + 64, height * (i // 2) + 20
-        pen.text((left, top - 14), target, "black")
+        left, top = width * (i % columns) + margin, height * (i // columns) + gap
+        pen.text((left, top - 6), target, "black", font, anchor="ls")
         for j, (name, images) in enumerate(rows.items()):
-            pen.text((left - 6, top + 32 + 64 * j), name, "black", anchor="rm")
-            row = torch.cat(list(images[:5]), dim=-1).permute(1, 2, 0)
-            pixels = ((row + 1) * 127.5).round().to(torch.uint8).numpy()
-            image.paste(Image.fromarray(pixels), (left, top + 64 * j))
-    few = image.quantize(96, kmeans=2)
-    write_atomically(path, lambda aside: few.save(aside, optimize=True))
+            pen.text((left - 8, top + side * j + side // 2), name, "black", font, anchor="rm")
+            strip = Image.fromarray(torch.cat(list(images), dim=-1).permute(1, 2, 0).numpy())
+            strip = strip.resize((5 * side, side), Image.Resampling.LANCZOS)
+            image.paste(strip, (left, top + side * j))
+    for colors in (128, 96, 64, 32):  # as many as 200 KB hold
+        file = io.BytesIO()
+        image.quantize(colors, kmeans=2).save(file, "PNG", optimize=True)
+        if file.tell() <= 200 << 10:
+            break
+    write_atomically(path, lambda aside: aside.write_bytes(file.getvalue()))
 
 
 def write_json(path, value):
@@ -209,58 +264,94 @@ def read_run(cfg):
     if settings.generator or not set(domains) <= set(faces.DOMAINS):
         wanted = f"a run of the miniature, with two of {', '.join(faces.DOMAINS)}"
         raise ValueError(f"{cfg.run}: {' to '.join(domains)} has no truth; wanted: {wanted}")
-    source, target = domains
-    truth = Truth(cfg.n, cfg.latents, load_judge(), load_generator(GENERATOR), source)
-    pictures = {
-        "source": truth.generated,
-        "adapted": truth.pictures(load_generator(adapted)),
-        "truth": truth.draw(target),
-    }
+    (source, target), device = domains, pick_device(cfg.device)
+    generator = load_generator(GENERATOR, device)
+    truth = Truth(cfg.n, cfg.latents, load_judge(device=device), generator, source)
+    rows = truth.summary(target)["rows"]
+    images = truth.pictures(load_generator(adapted, device))
+    rows = {"source": rows["source"], "adapted": truth.figures(images, target), **rows}
+    columns = ["target", "source", *SHOWN[1:-1]]
     print(f"{cfg.n} pictures, latents of seed {cfg.latents}, {cfg.run}")
-    for i, (name, images) in enumerate(pictures.items()):
-        figures = truth.figures(images, target)
-        columns = ["target", "source", *(k for k in SHOWN[1:] if k in figures)]
-        if i == 0:
-            print(" " * 8, *(f"{k:>10}" for k in columns))
-        print(f"{name:8}", *(f"{figures[k]:10.3f}" for k in columns))
+    print(" " * 8, *(f"{k:>10}" for k in columns))
+    for name, row in rows.items():
+        print(f"{name:8}", *(f"{row[k]:10.3f}" for k in columns))
 
 
 @functools.cache
-def world(n, latents):
+def world(n, latents, device):
     """What all runs share, loaded once in each process: generator, CLIP, transform, truth."""
-    generator = load_generator(GENERATOR).requires_grad_(False)
-    return generator, *ipl.load_clip(CLIP), Truth(n, latents, load_judge(), generator)
+    device = pick_device(device)
+    generator = load_generator(GENERATOR, device).requires_grad_(False)
+    truth = Truth(n, latents, load_judge(device=device), generator)
+    return generator, *ipl.load_clip(CLIP, device), truth
+
+
+def file_of(cfg, *names, suffix=".json"):
+    return cfg.out / ("-".join(map(str, names)).replace(" ", "-") + suffix)
+
+
+def of_target(cfg, target):
+    """What the stage 2 of a target has of its own."""
+    return LONG if cfg.long and target in PERSONAL else {}
+
+
+def truth_of(cfg, target):
+    """The file of what is asked of the truth of a target; with pixels, that of the bank's too."""
+    kinds = ["truth"] + ["pixels"] * ("pixels" in cfg.methods)
+    return [file_of(cfg, target, kind, suffix=".pt") for kind in kinds]
+
+
+@torch.no_grad()
+def draw_truth(cfg):
+    """Writes truth_of all targets, so that no run has to draw."""
+    missing = [t for t in cfg.targets if not all(file.exists() for file in truth_of(cfg, t))]
+    if not missing:
+        return
+    _, clip_model, transform, truth = world(cfg.n, cfg.latents, cfg.device)
+    rng, features = torch.Generator().manual_seed(40_000), {}
+    z = torch.randn(cfg.bank, truth.z.shape[1], generator=rng)
+    for domain in ("photo", *missing):
+        pixels = truth.draw_all(domain, faces.persons_from_z(z))
+        parts = [pool.as_images(x.to(truth.z.device)) for x in pixels.split(64)]
+        features[domain] = torch.cat([clip_model.encode_image(transform(x)) for x in parts])
+        if domain == "photo":
+            continue
+        steps = ipl.feature_delta(features["photo"], features[domain])
+        kept = {"z": torch.cat([z, truth.z.cpu()]), "steps": steps.cpu(), **truth.summary(domain)}
+        for file, x in zip(truth_of(cfg, domain), (kept, pixels[: cfg.bank].clone()), strict=False):
+            write_atomically(file, functools.partial(torch.save, x))
+        del truth.drawn[domain]
+
+
+read = functools.partial(torch.load, weights_only=True)
 
 
 @functools.cache
-def oracle_of(n, latents, target):
-    """The oracle of a target, and the true steps [n, e] of the report's persons."""
-    _, clip_model, transform, truth = world(n, latents)
-    with torch.no_grad():
-        oracle = Oracle(clip_model, transform, target)
-        return oracle, oracle.own(truth.w, truth.z)
-
-
-def file_of(cfg, target, method, seed):
-    return cfg.out / f"{target}-{method}-{seed}.json".replace(" ", "-")
+def oracle_of(cfg, target):
+    """The oracle of a target; the truth of this process' world then knows the target."""
+    _, clip_model, _, truth = world(cfg.n, cfg.latents, cfg.device)
+    kept, *pixels = map(read, truth_of(cfg, target))
+    truth.identities, truth.known[target] = kept["identities"], kept["features"]
+    z, steps, *pixels = (x.to(truth.z.device) for x in (kept["z"], kept["steps"], *pixels))
+    return Oracle(clip_model, target, z, steps, cfg.bank, *pixels)
 
 
 def run(cfg, target, method, seed):
     """One adaptation, measured: writes a row of figures and a strip of five pictures."""
     start = time.process_time()
-    generator, clip_model, transform, truth = world(cfg.n, cfg.latents)
-    oracle, step = oracle_of(cfg.n, cfg.latents, target)
-    adapted, direction = train(
-        cfg.preset, target, method, seed, generator, clip_model, transform, oracle
-    )
+    generator, clip_model, transform, truth = world(cfg.n, cfg.latents, cfg.device)
+    oracle = oracle_of(cfg, target)
+    preset = replace(cfg.preset, target=target, seed=seed, **of_target(cfg, target))
+    adapted, direction = train(preset, method, generator, clip_model, transform, oracle)
     images = truth.pictures(adapted)
     row = truth.figures(images, target)
-    with torch.no_grad():
-        row["cosine"] = F.cosine_similarity(direction(truth.w, truth.z), step).mean().item()
-    row["seconds"] = time.process_time() - start
-    path = file_of(cfg, target, method, seed)
-    torch.save(images[:5].clone(), path.with_suffix(".pt"))
-    write_json(path, row)
+    if direction:
+        with torch.no_grad():
+            cosines = F.cosine_similarity(direction(truth.w, truth.z), oracle.steps[-cfg.n :])
+        row["cosine"] = cosines.mean().item()
+    row |= {"seconds": time.process_time() - start, "device": images.device.type}
+    torch.save(as_pixels(images[:5]), file_of(cfg, target, method, seed, suffix=".pt"))
+    write_json(file_of(cfg, target, method, seed), row)
 
 
 def check_asked(cfg):
@@ -271,25 +362,28 @@ def check_asked(cfg):
             raise ValueError(f"--{name} is empty, or names one twice")
         if known and (unknown := [x for x in given if x not in known]):
             raise ValueError(f"--{name} {', '.join(unknown)}; wanted: {', '.join(known)}")
-    if cfg.processes < 1 or cfg.n < 16:
-        raise ValueError("--processes must be at least 1, and --n at least 16")
+    if min(cfg.processes, cfg.bank) < 1 or cfg.n < 16:
+        raise ValueError("--processes and --bank must be at least 1, and --n at least 16")
     for name in ("source", "generator", "class_index", "clip", "clip_weights", "device"):
         if getattr(cfg.preset, name) != getattr(MINIATURE, name):
-            flag = f"--preset.{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is fixed: all runs are of the miniature's photos, on a CPU")
+            flag, of = f"--preset.{name.replace('_', '-')}", "the miniature's photos, on --device"
+            raise ValueError(f"{flag} is fixed: all runs are of {of}")
     check(cfg.preset)
+    pick_device(cfg.device)
 
 
 def check_settings(cfg):
     """Keeps what the rows in a folder depend on; raises ValueError if they came of other things."""
-    files = CLIP, GENERATOR, JUDGE, Path(faces.__file__)
+    painters = (Path(faces.__file__).with_name(f"{x}.py") for x in ("faces", "portrait", "canvas"))
+    files = CLIP, GENERATOR, JUDGE, *painters
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     names = {field.name for field in fields(ipl.Config)} - {"target", "method"}
     preset = {name: getattr(cfg.preset, name) for name in sorted(names)}
-    found = {"n": cfg.n, "latents": cfg.latents, **preset, **digests}
+    found = {"n": cfg.n, "latents": cfg.latents, "bank": cfg.bank, **preset, **digests}
+    found |= {"long": LONG if cfg.long else None}
     found |= {f"published {name}": value for name, value in PUBLISHED.items()}
     found, path = json.loads(json.dumps(found)), cfg.out / "settings.json"
-    if path.exists() or any(cfg.out.glob("*-*-*.json")):
+    if path.exists() or any(cfg.out.glob("*-*.*")):
         known = json.loads(path.read_text()) if path.exists() else {}
         if changed := [k for k in {**known, **found} if known.get(k, ...) != found.get(k, ...)]:
             other = ", ".join(changed)
@@ -320,14 +414,14 @@ def run_all(cfg):
             run(cfg, *job)
             say(i + 1)
         return
-    with ProcessPoolExecutor(cfg.processes, get_context("spawn"), share_the_machine) as pool:
-        runs = [pool.submit(run, cfg, *job) for job in jobs]
+    with ProcessPoolExecutor(cfg.processes, get_context("spawn"), share_the_machine) as workers:
+        runs = [workers.submit(run, cfg, *job) for job in jobs]
         try:
             for i, done in enumerate(as_completed(runs)):
                 done.result()
                 say(i + 1)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            workers.shutdown(cancel_futures=True)
             raise
 
 
@@ -337,29 +431,32 @@ def main(cfg):
         return read_run(cfg)
     cfg.out.mkdir(parents=True, exist_ok=True)
     check_settings(cfg)
+    draw_truth(cfg)
     run_all(cfg)
     report(cfg)
 
 
-@torch.no_grad()
 def report(cfg):
-    """The table and the picture of finished runs."""
-    *_, truth = world(cfg.n, cfg.latents)
-    rows, strips = {}, {}
+    """The table and the pictures of finished runs: of PERSONAL targets, and of the others."""
+    rows, strips, first = {}, {}, cfg.seeds[0]
+    names = {"nada": "NADA", "ipl": "IPL"}
+    shown = [m for m in names if m in cfg.methods] or cfg.methods
     for target in cfg.targets:
-        true = truth.draw(target)
-        rows[target, "source", None] = truth.figures(truth.generated, target)
-        rows[target, "truth", None] = truth.figures(true, target)
-        files = {(m, s): file_of(cfg, target, m, s) for m in cfg.methods for s in cfg.seeds}
-        rows |= {(target, *key): json.loads(file.read_text()) for key, file in files.items()}
-        first = {m: files[m, cfg.seeds[0]].with_suffix(".pt") for m in cfg.methods}
-        first = {m: torch.load(file, weights_only=True) for m, file in first.items()}
-        strips[target] = {"photo": truth.generated, **first, "truth": true}
+        kept = read(truth_of(cfg, target)[0])
+        rows |= {(target, name, None): row for name, row in kept["rows"].items()}
+        runs = [(target, m, s) for m in cfg.methods for s in cfg.seeds]
+        rows |= {key: json.loads(file_of(cfg, *key).read_text()) for key in runs}
+        files = [file_of(cfg, target, m, first, suffix=".pt") for m in shown]
+        made = {names.get(m, m): read(file) for m, file in zip(shown, files, strict=True)}
+        strips[target] = {"photo": kept["photo"], **made, "truth": kept["truth"]}
     text = table(rows, cfg)
     write_atomically(cfg.out / "table.md", lambda aside: aside.write_text(text))
     flat = [{"domain": t, "method": m, "seed": s, **row} for (t, m, s), row in rows.items()]
     write_json(cfg.out / "table.json", flat)
-    picture(strips, cfg.out / "pictures.png")
+    claim = {t: strips.pop(t) for t in PERSONAL if t in strips}
+    for panels, name, side in ((claim, "claim.png", 128), (strips, "pictures.png", 64)):
+        if panels:
+            picture(panels, cfg.out / name, side, columns=1 if panels is claim else 2)
     print(text)
 
 

@@ -8,19 +8,21 @@ from torch import nn
 
 from miniature.faces import CATEGORIES, CUES, DOMAINS, PROPORTIONS
 
+NONE = len(DOMAINS)  # the judge's word for a picture of no domain, which has failed
+
 
 class Judge(nn.Module):
-    """Residual convolutions: images [B, 3, 64, 64] in [-1, 1] -> a dict of heads.
+    """Residual convolutions: images [B, 3, 128, 128] in [-1, 1] -> a dict of heads.
 
-    ``domain`` [B, 10]: logits whose softmax is the share of the six cues that each domain has; one
-    head of logits [B, 10] per cue, and one per attribute; ``proportions`` [B, 10]; ``features``
-    [B, 256]: what distances are measured in.
+    ``domain`` [B, 12]: logits whose softmax is the share of the six cues that each of DOMAINS has,
+    and last (NONE) the chance that the picture is none of these, nor a mixture of them; one head of
+    logits [B, 11] per cue, and one per attribute; ``proportions`` [B, 15]; ``features`` [B, 256]:
+    what distances are measured in.
     """
 
-    def __init__(self, width=32):
+    def __init__(self, sizes=(16, 32, 64, 128, 192)):
         super().__init__()
-        sizes = [width, 2 * width, 4 * width, 6 * width]
-        self.stem = nn.Conv2d(3, width, 5, stride=2, padding=2)
+        self.stem = nn.Conv2d(3, sizes[0], 5, stride=2, padding=2)
         self.down = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:], strict=False)
         )
@@ -28,7 +30,7 @@ class Judge(nn.Module):
         self.norm = nn.ModuleList(nn.GroupNorm(8, b) for b in sizes[1:])
         self.embed = nn.Linear(sizes[-1] * 16, 256)
         heads = {
-            "domain": len(DOMAINS),
+            "domain": len(DOMAINS) + 1,
             **{f"cue {c}": len(DOMAINS) for c in CUES},
             **{k: len(names) for k, (names, _) in CATEGORIES.items()},
             "proportions": len(PROPORTIONS),
@@ -47,7 +49,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def domain_of(self, images):
-        """[B] index into DOMAINS of the domain with the largest share."""
+        """[B] index into DOMAINS of the domain with the largest share, or NONE."""
         return self(images)["domain"].argmax(1)
 
     @torch.no_grad()

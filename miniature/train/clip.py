@@ -16,6 +16,9 @@ domain, under the same words but for the label. The step between the two texts l
 the step between the two pictures (the pictures' side is held still). In half of the pairs the words
 are boiled down to a *soup*: their embeddings, each with noise, are added up in a few places before
 the label, which is as much as a learned prompt can write.
+
+At last the image encoder rests, and the text encoder alone learns what it shows: the step between
+two labels is the mean of the true steps, that between a person's full captions the person's own.
 """
 
 import functools
@@ -34,22 +37,26 @@ from tqdm import trange
 
 from checkpoints.files import write_atomically
 from miniature import captions, faces
+from miniature.train import pool
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-EMBED, WIDTH, TEXT_WIDTH, TEXT_LAYERS, VOCABULARY = 128, 16, 128, 3, 49408
+EMBED, WIDTH, TEXT_WIDTH, TEXT_LAYERS, VOCABULARY = 128, 24, 128, 3, 49408
 
 
 @dataclass(frozen=True)
 class Config:
-    pool: int = 16_000  # Persons, each rendered once as photo, in another domain, and mixed.
-    small_steps: int = 2600  # Steps on 64 pixels.
-    large_steps: int = 5000  # Steps on 128 pixels.
-    batch: int = 64  # Pictures a step.
+    persons: int = 12_000  # Each drawn once as photo, in another domain, and mixed: the pool.
+    small_steps: int = 2500  # Steps on 64 pixels.
+    large_steps: int = 4500  # Steps on 128 pixels.
+    text_steps: int = 1500  # Steps of the text encoder alone.
+    batch: int = 96  # Pictures a step.
+    text_batch: int = 80  # Texts a step of the last stage.
     lr: float = 1.5e-3  # Peak rate on 64 pixels (0.6 of it on 128), cosine to 0 within each.
+    text_lr: float = 5e-4  # Peak rate of the last stage.
     epsilon: float = 5.0  # L2 radius of the attack, ramped in over 0.05-0.25 of the 128 px steps.
-    bfloat16: bool = True  # The image encoder in bfloat16: twice as fast on recent CPUs.
     token_noise: float = 0.2  # Random noise on token embeddings, whose rows start at rms 1.
     seed: int = 0  # Of the weights, the batches and the pool (plus one).
+    device: str = "auto"  # auto, cpu or cuda.
     threads: int = 0  # CPU threads; 0 is torch's choice.
     out: Path = Path("runs/clip.pt")  # In OpenAI's format; miniature/weights/clip.pt at a release.
     state: Path = Path("runs/train_clip.pt")  # Resumed from when it exists; beside the pool.
@@ -59,11 +66,11 @@ class Config:
 # Data
 
 
-def render_pool(n, seed):
+def draw_pool(n, seed):
     """n persons, three pictures each: photo, another domain, a mixture of two domains.
 
-    Returns pictures uint8 [3 n, 3, 64, 64], the persons' categories [3 n, 10], styles [3 n, 6];
-    a person's rows follow each other.
+    Returns pictures uint8 [3 n, 3, 128, 128], the persons' categories [3 n, 10], styles [3 n, 6];
+    a person's rows follow each other, and what is chance is the same in all three.
     """
     rng = torch.Generator().manual_seed(seed)
     persons = faces.sample_persons(n, rng)
@@ -75,13 +82,10 @@ def render_pool(n, seed):
     order = torch.rand(n, cues, generator=rng).argsort(1)
     some = order < torch.randint(1, cues, (n, 1), generator=rng)
     mixed = torch.where(some, other, base)
-    styles = torch.stack([torch.zeros_like(pure), pure, mixed], dim=1).flatten(0, 1)
-    persons = persons[torch.arange(n).repeat_interleave(3)]
-    images = torch.empty(3 * n, 3, 64, 64, dtype=torch.uint8)
-    for i in trange(0, 3 * n, 240, desc="pool", disable=None):
-        part = faces.render(persons[i : i + 240], styles[i : i + 240], rng=rng)
-        images[i : i + 240] = ((part + 1) * 127.5).round().to(torch.uint8)
-    return images, persons.categories, styles
+    styles = torch.stack([torch.zeros_like(pure), pure, mixed], dim=1)
+    images = pool.draw(persons, styles, seed)
+    categories = persons.categories.repeat_interleave(3, 0)
+    return images.flatten(0, 1), categories, styles.flatten(0, 1)
 
 
 def pick(styles, n, rng):
@@ -112,30 +116,33 @@ def pick(styles, n, rng):
 def augment(x, rng, tinted=0.7):
     """Shift, scale, colour, blur and noise, so that a tint or a place is no evidence.
 
-    x [B, 3, H, W] in [-1, 1]; the photometric changes fall on a share of the pictures.
+    x [B, 3, H, W] in [-1, 1]; the photometric changes fall on a share of the pictures. rng: of the
+    device of x.
     """
-    B = len(x)
+    B, device = len(x), x.device
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(B, *(shape or (1, 1, 1)), generator=rng)
+        shape = B, *(shape or (1, 1, 1))
+        return low + (high - low) * torch.rand(shape, generator=rng, device=device)
 
     scale, shift = uniform(0.82, 1.08, 1), uniform(-0.12, 0.12, 2)
-    theta = torch.zeros(B, 2, 3)
+    theta = torch.zeros(B, 2, 3, device=device)
     theta[:, 0, 0] = theta[:, 1, 1] = scale[:, 0]
     theta[:, :, 2] = shift
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     x = (x + 1) / 2
-    on = (torch.rand(B, 1, 1, 1, generator=rng) < tinted).float()
+    on = (uniform(0, 1) < tinted).float()
     gray = x.mean(1, keepdim=True)
-    saturation = uniform(0.2, 1.9) * (torch.rand(B, 1, 1, 1, generator=rng) > 0.06)
+    saturation = uniform(0.2, 1.9) * (uniform(0, 1) > 0.06)
     x = gray + (x - gray) * (1 + on * (saturation - 1))
     x = 0.5 + (x - 0.5) * (1 + on * (uniform(0.55, 1.5) - 1))
     x = x + on * uniform(-0.3, 0.3) * 0.8
     x = x * (1 + on * uniform(-0.2, 0.2, 3, 1, 1))
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.lerp(x, blurred, uniform(-1.5, 1.0).clamp_min(0))
-    x = x + uniform(-0.06, 0.06).clamp_min(0) * torch.randn(x.shape, generator=rng)
+    noise = torch.randn(x.shape, generator=rng, device=device)
+    x = x + uniform(-0.06, 0.06).clamp_min(0) * noise
     return x.clamp(0, 1) * 2 - 1
 
 
@@ -174,21 +181,23 @@ def encode_text(model, tokens, noise=0.0, rng=None, ctx=None):
     words at all. ctx [B, m, TEXT_WIDTH], if given, stands in place of the first m tokens.
     """
     length = int(tokens.argmax(1).max()) + 1
-    tokens = tokens[:, :length]
+    tokens = tokens[:, :length].to(model.positional_embedding.device)
     x = model.token_embedding(tokens)
     if noise:
         meaningless = (tokens == clip.tokenize("x")[0, 1])[..., None]
         size = torch.where(meaningless, 1.0, noise)
-        x = torch.where(meaningless, 0.0, x) + size * torch.randn(x.shape, generator=rng)
+        chance = torch.randn(x.shape, generator=rng, device=x.device)
+        x = torch.where(meaningless, 0.0, x) + size * chance
     if ctx is not None:
         x = torch.cat([x[:, :1], ctx, x[:, 1 + ctx.shape[1] :]], dim=1)
     x = (x + model.positional_embedding[:length]).transpose(0, 1)
-    mask = torch.full((length, length), float("-inf")).triu(1)
+    mask = torch.full((length, length), float("-inf"), device=x.device).triu(1)
     for block in model.transformer.resblocks:
         y = block.ln_1(x)
         x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
         x = x + block.mlp(block.ln_2(x))
-    x = model.ln_final(x[tokens.argmax(1), torch.arange(len(tokens))])
+    ends = tokens.argmax(1)[None, :, None].expand(1, -1, x.shape[-1])
+    x = model.ln_final(x.gather(0, ends)[0])
     return x @ model.text_projection
 
 
@@ -209,11 +218,13 @@ def soup(model, phrases, m, words, rng):
             tokens, place = token_ids(phrase), i * m + words.randrange(m)
             places += [place] * len(tokens)
             ids += tokens
-    ctx = torch.zeros(len(phrases) * m, TEXT_WIDTH)
-    ctx = ctx.index_add(0, torch.tensor(places), model.token_embedding(torch.tensor(ids)))
-    strength = torch.rand(len(phrases), 1, 1, generator=rng)
+    device = model.positional_embedding.device
+    embeddings = model.token_embedding(torch.tensor(ids, device=device))
+    ctx = torch.zeros(len(phrases) * m, TEXT_WIDTH, device=device)
+    ctx = ctx.index_add(0, torch.tensor(places, device=device), embeddings)
+    strength = torch.rand(len(phrases), 1, 1, generator=rng, device=device)
     ctx = ctx.view(len(phrases), m, TEXT_WIDTH)
-    return ctx + strength * torch.randn(ctx.shape, generator=rng)
+    return ctx + strength * torch.randn(ctx.shape, generator=rng, device=device)
 
 
 def encode_image(model, x):
@@ -252,7 +263,7 @@ def attack(x, epsilon, loss_of, *, steps, rng):
         shrink = (epsilon / d.flatten(1).norm(dim=1).clamp_min(1e-9)).clamp_max(1)
         return d * shrink[:, None, None, None]
 
-    d = torch.randn(x.shape, generator=rng)
+    d = torch.randn(x.shape, generator=rng, device=x.device)
     d = d / d.flatten(1).norm(dim=1)[:, None, None, None] * epsilon * 0.5
     for _ in range(steps):
         d.requires_grad_(True)
@@ -279,18 +290,26 @@ class FactorHeads(torch.nn.Linear):
 
     def __init__(self):
         super().__init__(EMBED, sum(captions.LOOKS.values()))
-
-    def loss(self, features, looks, known=None):
-        """Mean cross-entropy of looks [B, 16] read off features [B, EMBED], where known [B, 16]."""
-        logits = self(10 * F.normalize(features, dim=-1))
-        parts = logits.split([captions.LOOKS[k] for k in captions.FACTORS], dim=1)
-        pairs = zip(parts, looks.T, strict=True)
-        losses = torch.stack([F.cross_entropy(x, y, reduction="none") for x, y in pairs], dim=1)
         # What all pictures of a domain share comes of itself; what changes from person to person
         # does not.
         weight = [2.0 if k in captions.ALTERED else 1.0 for k in faces.CATEGORIES]
         weight = torch.tensor(weight + [0.1] * len(faces.CUES))
-        weight = weight.expand_as(losses) if known is None else weight * known
+        self.register_buffer("weight_of", weight, persistent=False)
+        # Where in the logits those of each factor are, [16, most ways]; past its own: one of -inf.
+        sizes, first = list(captions.LOOKS.values()), 0
+        places = torch.full((len(sizes), max(sizes)), sum(sizes))
+        for i, size in enumerate(sizes):
+            places[i, :size] = torch.arange(first, first + size)
+            first += size
+        self.register_buffer("places", places, persistent=False)
+
+    def loss(self, features, looks, known=None):
+        """Mean cross-entropy of looks [B, 16] read off features [B, EMBED], where known [B, 16]."""
+        logits = F.pad(self(10 * F.normalize(features, dim=-1)), (0, 1), value=float("-inf"))
+        logits = logits[:, self.places].log_softmax(-1)  # [B, 16, most ways]
+        losses = -logits.gather(2, looks[..., None])[..., 0]
+        weight = self.weight_of.expand_as(losses)
+        weight = weight if known is None else weight * known
         return (losses * weight).sum() / weight.sum()
 
 
@@ -298,39 +317,66 @@ class FactorHeads(torch.nn.Linear):
 # Measuring
 
 
-def report(model, seed=20_000, n=192):
-    """Held-out figures, from n pictures a domain.
+def held_out(seed=20_000, n=64):
+    """Pictures {domain: uint8 [n, 3, 128, 128]} of the same n persons, and their categories."""
+    persons = faces.sample_persons(n, torch.Generator().manual_seed(seed))
+    styles = torch.stack([faces.styles_of(d, n) for d in faces.DOMAINS], dim=1)
+    drawn = pool.draw(persons, styles, seed, desc="held out")
+    return dict(zip(faces.DOMAINS, drawn.unbind(1), strict=True)), persons.categories
 
-    Domain accuracy, clean and attacked (L2 4, 10 steps); recall at 1 among 64 full captions of a
-    domain.
+
+@torch.no_grad()
+def report(model, drawn, categories):
+    """Figures of held-out pictures, in [0, 1].
+
+    Domain accuracy, clean and attacked (L2 4, 10 steps, a third of the pictures); recall at 1 among
+    64 full captions of a domain; and, the least and the mean over the targets, the cosine of the
+    step between the labels with the mean true step, the mean cosine of the step between a person's
+    two full captions with the person's own true step, and that of the labels' step with it.
     """
     model.eval().requires_grad_(False)
-    rng = torch.Generator().manual_seed(seed)
-    tokens = clip.tokenize([f"a {d} of a person" for d in faces.DOMAINS])
-    labels = F.normalize(encode_text(model, tokens), dim=-1)
-    clean, attacked, recall = [], [], []
+    device = model.positional_embedding.device
+    rng = torch.Generator(device).manual_seed(0)
+
+    def read(texts):
+        return F.normalize(encode_text(model, clip.tokenize(texts)), dim=-1)
+
+    labels = read([f"a {d} of a person" for d in faces.DOMAINS])
+    clean, attacked, recall, means, owns, ones = [], [], [], [], [], []
     for k, domain in enumerate(faces.DOMAINS):
-        persons = faces.sample_persons(n, rng)
-        x = faces.render(persons, faces.styles_of(domain, n), rng=rng)
+        x = pool.as_images(drawn[domain].to(device))
         features = encode_image(model, x)
         clean.append((features @ labels.T).argmax(1) == k)
 
         def domain_loss(v, domain=k):
             logits = 20 * encode_image(model, v) @ labels.T
-            return F.cross_entropy(logits, torch.full((len(v),), domain))
+            return F.cross_entropy(logits, torch.full((len(v),), domain, device=device))
 
-        worse = attack(x[: n // 3], 4.0, domain_loss, steps=10, rng=rng)
+        with torch.enable_grad():
+            worse = attack(x[: len(x) // 3], 4.0, domain_loss, steps=10, rng=rng)
         attacked.append((encode_image(model, worse) @ labels.T).argmax(1) == k)
-        for i in range(0, n, 64):
-            texts = [captions.full_caption(c, domain) for c in persons.categories[i : i + 64]]
-            t = F.normalize(encode_text(model, clip.tokenize(texts)), dim=-1)
-            recall.append((features[i : i + 64] @ t.T).argmax(1) == torch.arange(64))
+        spoken = read([captions.full_caption(c, domain) for c in categories])
+        for i in range(0, len(x), 64):
+            found = (features[i : i + 64] @ spoken[i : i + 64].T).argmax(1)
+            recall.append(found == torch.arange(len(found), device=device))
+        if k == 0:
+            photo, spoken_photo = features, spoken
+            continue
+        step, one = features - photo, labels[k] - labels[0]
+        means.append(F.cosine_similarity(one, F.normalize(step, dim=-1).mean(0), dim=0))
+        owns.append(F.cosine_similarity(spoken - spoken_photo, step, dim=-1).mean())
+        ones.append(F.cosine_similarity(one[None], step, dim=-1).mean())
     model.requires_grad_(True).train()
-    return {
-        "clean": torch.cat(clean).float().mean(),
-        "attacked": torch.cat(attacked).float().mean(),
-        "R@1 of 64": torch.cat(recall).float().mean(),
-    }
+    figures = {"clean": clean, "attacked": attacked, "R@1 of 64": recall}
+    figures = {name: torch.cat(right).float().mean().item() for name, right in figures.items()}
+    for name, found in {
+        "label on mean": means,
+        "caption on own": owns,
+        "label on own": ones,
+    }.items():
+        figures |= {name: torch.stack(found).mean().item()}
+        figures |= {f"least {name}": torch.stack(found).min().item()}
+    return figures
 
 
 def save(model, seen, path):
@@ -338,7 +384,8 @@ def save(model, seen, path):
 
     seen: bool [VOCABULARY], the tokens that captions used; the rows of the others become zero.
     """
-    model = build(model.visual.input_resolution, model.state_dict()).eval()
+    state = {name: x.cpu() for name, x in model.state_dict().items()}
+    model = build(model.visual.input_resolution, state).eval()
     model.token_embedding.weight.data[~seen] = 0
     model.token_embedding.weight.data = model.token_embedding.weight.data.half().float()
     clip.model.convert_weights(model)
@@ -358,16 +405,19 @@ def deflate(stored, path):
 # Training
 
 
-def batch_of_texts(model, index, paired, pool, cfg, words, rng):
-    """Texts for the pictures index of the pool: their features, says [B, 16], and all tokens."""
-    _, categories, styles = pool
-    ctx = None
+def batch_of_texts(model, index, paired, categories, styles, cfg, words, rng):
+    """Texts for the pictures index of the pool: their features, says [B, 16], and all tokens.
+
+    categories, styles: the pool's, as lists. words: a random.Random; rng: of the model's device.
+    """
+    ctx, device = None, model.positional_embedding.device
+    index = index.tolist()
     if not paired:
         written = [captions.write(categories[i], styles[i], words) for i in index]
         texts, says = [c.text for c in written], [c.says for c in written]
     else:
         n = len(index) // 2
-        domains = [faces.DOMAINS[int(styles[i, 0])] for i in index]
+        domains = [faces.DOMAINS[styles[i][0]] for i in index]
         spoken = [
             captions.speak_of(categories[i], domains[n + j], words) for j, i in enumerate(index[:n])
         ]
@@ -381,7 +431,14 @@ def batch_of_texts(model, index, paired, pool, cfg, words, rng):
             sentences = [captions.tidy(captions.personal(p, words), words) for p in phrases]
             texts = [s.format(d) for s, d in zip(2 * sentences, domains, strict=True)]
     tokens = clip.tokenize(texts)
-    return encode_text(model, tokens, cfg.token_noise, rng, ctx), torch.tensor(says), tokens
+    says = torch.tensor(says, device=device)
+    return encode_text(model, tokens, cfg.token_noise, rng, ctx), says, tokens
+
+
+def label_tokens(words):
+    """Tokens of one random sentence about each domain, the same but for its label."""
+    general = captions.general(words)
+    return clip.tokenize([captions.tidy(general.format(d), words) for d in faces.DOMAINS])
 
 
 def schedule(cfg, step):
@@ -393,11 +450,115 @@ def schedule(cfg, step):
     return (64 if small else 128), cfg.lr * (1 if small else 0.6) * warm * decay, epsilon
 
 
-def optimiser(model, heads):
-    trained = [*model.parameters(), *heads.parameters()]
+def optimiser(*modules):
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     decay, rest = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = {"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0}
     return torch.optim.AdamW(groups)
+
+
+def clip_loss(model, heads, drawn, cfg, step, words, rng, noise, seen):
+    """The loss of one step of the first two stages, on a batch of the pool."""
+    images, categories, styles, looks, lists = drawn
+    size, _, epsilon = schedule(cfg, step)
+    index, paired = pick(lists[2], cfg.batch, rng)
+    text_features, says, tokens = batch_of_texts(
+        model, index, paired, *lists[:2], cfg, words, noise
+    )
+    labels = label_tokens(words)
+    label_features = encode_text(model, labels, cfg.token_noise, noise)
+    seen[tokens] = seen[labels] = True
+    index = index.to(images.device)
+    x, categories, styles, looks = (y[index] for y in (images, categories, styles, looks))
+    fit = captions.fits(categories, styles, says)
+    scale = model.logit_scale.exp().clamp_max(60)
+
+    attacked = epsilon and step % 8  # every eighth step stays clean
+    x = pool.as_images(x)
+    if size < x.shape[-1]:
+        x = F.avg_pool2d(x, x.shape[-1] // size)
+    x = augment(x, noise, 0.2 if attacked else 0.7)
+    if attacked:
+        texts, labels, constant = text_features.detach(), label_features.detach(), scale.detach()
+
+        def against(x):  # six of seven attack the domain, the others all that is said
+            features = encode_image(model, x)
+            if step % 4:
+                return domain_loss(features, labels, styles)
+            return contrastive(features, texts, constant, fit) + heads.loss(features, looks)
+
+        x = attack(x, epsilon, against, steps=2, rng=noise)
+    image_features = encode_image(model, x)
+    loss = contrastive(image_features, text_features, scale, fit)
+    loss = loss + domain_loss(image_features, label_features, styles)
+    loss = loss + heads.loss(image_features, looks) + heads.loss(text_features, looks, says)
+    if paired:
+        loss = loss + 3 * directional(image_features, text_features)
+    return loss
+
+
+@torch.no_grad()
+def true_features(model, images):
+    """Features of the pool's photos and of the same persons in their domains, [n, 2, EMBED]."""
+    rows = torch.arange(len(images)).view(-1, 3)[:, :2].flatten().to(images.device)
+    found = [encode_image(model, pool.as_images(images[i])) for i in rows.split(250)]
+    return torch.cat(found).view(-1, 2, EMBED)
+
+
+def mean_steps(features, domains):
+    """The mean true step to every domain but the photo [domains - 1, EMBED].
+
+    features [n, 2, EMBED], as of `true_features`; domains [n]: of the second ones.
+    """
+    steps = F.normalize(features[:, 1] - features[:, 0], dim=-1)
+    return torch.stack([steps[domains == k].mean(0) for k in range(1, len(faces.DOMAINS))])
+
+
+def text_loss(model, features, means, drawn, cfg, words, rng, noise, seen):
+    """The loss of one step of the last stage: texts of persons whose true features are known."""
+    _, categories, styles, _, lists = drawn
+    device, n = features.device, cfg.text_batch // 2
+    some = torch.randperm(len(features), generator=rng)[: 2 * n]
+    told, said = some[:n], some[n:]  # whose attributes are told in part, and in full
+
+    index = torch.cat([3 * told, 3 * told + 1])
+    text_features, says, tokens = batch_of_texts(model, index, True, *lists[:2], cfg, words, noise)
+    image_features = features[told.to(device)].transpose(0, 1).flatten(0, 1)
+    index = index.to(device)
+    fit = captions.fits(categories[index], styles[index], says)
+    scale = model.logit_scale.exp().clamp_max(60).detach()
+    loss = 0.3 * contrastive(image_features, text_features, scale, fit)
+    loss = loss + 3 * directional(image_features, text_features)
+
+    rows = said.tolist()
+    people = [(lists[0][3 * i], faces.DOMAINS[lists[1][3 * i + 1][0]]) for i in rows]
+    full = [captions.full_caption(c, "photo") for c, _ in people]
+    full = clip.tokenize(full + [captions.full_caption(c, d) for c, d in people])
+    image_features = features[said.to(device)].transpose(0, 1).flatten(0, 1)
+    text_features = encode_text(model, full, cfg.token_noise * words.randint(0, 1), noise)
+    loss = loss + 2 * directional(image_features, text_features)
+
+    labels = torch.cat([label_tokens(words) for _ in range(4)])
+    spoken = F.normalize(encode_text(model, labels, cfg.token_noise, noise), dim=-1)
+    spoken = spoken.view(4, -1, EMBED)
+    seen[tokens] = seen[full] = seen[labels] = True
+    steps = spoken[:, 1:] - spoken[:, :1]
+    return loss + 3 * (1 - F.cosine_similarity(steps, means, dim=-1)).mean()
+
+
+def device_of(name):
+    return torch.device(("cpu", "cuda")[torch.cuda.is_available()] if name == "auto" else name)
+
+
+def load_pool(path, n, seed):
+    """The pool of a seed, from its file; drawn and kept there if there is none."""
+    if not path.exists():
+        drawn = {"seed": seed, "pool": draw_pool(n, seed)}
+        write_atomically(path, lambda aside: torch.save(drawn, aside))
+    found = torch.load(path, weights_only=True)
+    if found["seed"] != seed or len(found["pool"][0]) != 3 * n:
+        raise ValueError(f"{path} is another pool; wanted: that of {n} persons, seed {seed}")
+    return found["pool"]
 
 
 def main(cfg):
@@ -405,95 +566,75 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
     for path in (cfg.out, cfg.state):
         path.parent.mkdir(parents=True, exist_ok=True)
+    device = device_of(cfg.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(cfg.seed)
     rng, words = torch.Generator().manual_seed(cfg.seed), random.Random(cfg.seed)
+    noise = torch.Generator(device).manual_seed(cfg.seed)  # rng picks, this one disturbs
     pool_path = cfg.state.with_name("train_clip_pool.pt")
-    if not pool_path.exists():
-        pool = render_pool(cfg.pool, cfg.seed + 1)
-        write_atomically(pool_path, lambda aside: torch.save(pool, aside))
-    images, categories, styles = pool = torch.load(pool_path, weights_only=True)
+    images, categories, styles = load_pool(pool_path, cfg.persons, cfg.seed + 1)
+    lists = categories.tolist(), styles.tolist(), styles
     looks = captions.looks(categories, styles)
+    drawn = (*(x.to(device) for x in (images, categories, styles, looks)), lists)
+    tested = held_out()
 
-    total, done = cfg.small_steps + cfg.large_steps, 0
+    stages = cfg.small_steps, cfg.small_steps + cfg.large_steps
+    total, done = stages[1] + cfg.text_steps, 0
     saved = torch.load(cfg.state, weights_only=True) if cfg.state.exists() else None
     size = schedule(cfg, saved["step"] - 1 if saved else 0)[0]
-    model = build(size, saved and saved["model"]).train()
-    heads, seen = FactorHeads(), torch.zeros(VOCABULARY, dtype=torch.bool)
+    model = build(size, saved and saved["model"]).to(device).train()
+    heads = FactorHeads().to(device)
+    seen = torch.zeros(VOCABULARY, dtype=torch.bool)
+    if saved and saved["step"] > stages[1]:
+        model.visual.requires_grad_(False)
     adam = optimiser(model, heads)
     if saved:
         heads.load_state_dict(saved["heads"])
         adam.load_state_dict(saved["adam"])
         rng.set_state(saved["rng"])
+        noise.set_state(saved["noise"])
         words.setstate(saved["words"])
         done, seen = saved["step"], saved["seen"]
 
-    def encode(x):
-        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.bfloat16):
-            return encode_image(model, x).float()
+    def keep(step):
+        state = {"model": model.state_dict(), "heads": heads.state_dict(), "step": step}
+        state |= {"adam": adam.state_dict(), "rng": rng.get_state(), "noise": noise.get_state()}
+        state |= {"words": words.getstate(), "seen": seen}
+        write_atomically(cfg.state, functools.partial(torch.save, state))
+        save(model, seen, cfg.out)
 
-    def attacked_loss(domain_alone, texts, scale, fit, label_texts, styles, looks, x):
-        features = encode(x)
-        if domain_alone:
-            return domain_loss(features, label_texts, styles)
-        return contrastive(features, texts, scale, fit) + heads.loss(features, looks)
-
-    start = time.time()
+    start, features = time.time(), None
     for step in trange(done, total, initial=done, total=total, desc="clip", disable=None):
-        size, rate, epsilon = schedule(cfg, step)
-        if size != model.visual.input_resolution:
-            model = build(size, model.state_dict()).train()
-            adam = optimiser(model, heads)
+        if step < stages[1]:
+            size, rate, _ = schedule(cfg, step)
+            if size != model.visual.input_resolution:
+                model = build(size, model.state_dict()).to(device).train()
+                adam = optimiser(model, heads)
+            loss = clip_loss(model, heads, drawn, cfg, step, words, rng, noise, seen)
+        else:
+            if features is None:
+                model.visual.eval().requires_grad_(False)
+                features = true_features(model, drawn[0])
+                means = mean_steps(features, drawn[2].view(-1, 3, 6)[:, 1, 0])
+            if step == stages[1]:
+                adam = optimiser(model)
+            rate = cfg.text_lr * (
+                0.5 + 0.5 * math.cos((step - stages[1]) / cfg.text_steps * math.pi)
+            )
+            loss = text_loss(model, features, means, drawn, cfg, words, rng, noise, seen)
         for group in adam.param_groups:
             group["lr"] = rate
-
-        index, paired = pick(styles, cfg.batch, rng)
-        seen_styles, seen_looks = styles[index], looks[index]
-        text_features, says, tokens = batch_of_texts(model, index, paired, pool, cfg, words, rng)
-        general = captions.general(words)
-        labels = clip.tokenize([captions.tidy(general.format(d), words) for d in faces.DOMAINS])
-        label_features = encode_text(model, labels, cfg.token_noise, rng)
-        seen[tokens] = seen[labels] = True
-        fit = captions.fits(categories[index], seen_styles, says)
-        scale = model.logit_scale.exp().clamp_max(60)
-
-        attacked = epsilon and step % 8  # every eighth step stays clean
-        x = augment(images[index].float() / 127.5 - 1, rng, 0.2 if attacked else 0.7)
-        if attacked:
-            constant = text_features.detach(), scale.detach(), fit, label_features.detach()
-            # six of seven attack the domain, the others all that is said
-            against = functools.partial(attacked_loss, step % 4, *constant, seen_styles, seen_looks)
-            x = attack(x, epsilon, against, steps=2, rng=rng)
-        image_features = encode(x)
-        loss = contrastive(image_features, text_features, scale, fit)
-        loss = loss + domain_loss(image_features, label_features, seen_styles)
-        read = heads.loss(image_features, seen_looks), heads.loss(text_features, seen_looks, says)
-        loss = loss + sum(read)
-        if paired:
-            loss = loss + 3 * directional(image_features, text_features)
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
-        if (step + 1) % 500 == 0 or step + 1 == total:
-            state = {
-                "model": model.state_dict(),
-                "adam": adam.state_dict(),
-                "rng": rng.get_state(),
-                "words": words.getstate(),
-                "step": step + 1,
-                "heads": heads.state_dict(),
-                "seen": seen,
-            }
-            write_atomically(cfg.state, functools.partial(torch.save, state))
-            save(model, seen, cfg.out)
-            figures = ", ".join(f"{k} {v:.3f}" for k, v in report(model, n=64).items())
-            print(
-                f"{step + 1}: loss {loss.item():.3f} "
-                f"(read {read[0].item():.3f} {read[1].item():.3f}), "
-                f"scale {scale.item():.1f}, {figures}, {time.time() - start:.0f} s",
-                flush=True,
-            )
-    print(", ".join(f"{k} {v:.3f}" for k, v in report(model).items()))
+        if (step + 1) % 1000 == 0 or step + 1 in (*stages, total):
+            keep(step + 1)
+            figures = ", ".join(f"{k} {v:.3f}" for k, v in report(model, *tested).items())
+            seconds = time.time() - start
+            print(f"{step + 1}: loss {loss.item():.3f}, {figures}, {seconds:.0f} s", flush=True)
+            if step >= stages[1]:
+                model.visual.requires_grad_(False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from miniature import faces
 
-CHUNK = 100  # pictures that share a seed, whatever the number of processes
+CHUNK = 20  # persons that share a seed, whatever the number of processes
 
 
 def chance(n, seed):
@@ -25,25 +25,28 @@ def _noise(n, seed, first):
 @torch.inference_mode()
 def _chunk(persons, styles, seed, first):
     torch.set_num_threads(1)
-    pictures = faces.render(persons, styles, noise=_noise(len(persons), seed, first))
-    return ((pictures + 1) * 127.5).round().to(torch.uint8).numpy()  # an array: sent as its bytes
+    noise = _noise(len(persons), seed, first)
+    drawn = [faces.render(persons, s, noise=noise) for s in styles.unbind(1)]
+    return ((torch.stack(drawn, 1) + 1) * 127.5).round().to(torch.uint8).numpy()  # sent as bytes
 
 
 def draw(persons, styles, seed, *, processes=None, desc="pictures"):
     """Pictures, uint8 [n, 3, SIZE, SIZE], of persons in styles [n, 6], each with its own noise.
 
+    Of styles [n, k, 6], k pictures of each person [n, k, 3, SIZE, SIZE], which share their noise.
     seed: of the noise, see `chance`. processes: how many draw, each on a thread; all processors
     unless told otherwise. The pictures are the same for any number.
     """
-    places = range(0, len(persons), CHUNK)
-    parts = [(persons[i : i + CHUNK], styles[i : i + CHUNK], seed, i) for i in places]
-    images = torch.empty(len(persons), 3, faces.SIZE, faces.SIZE, dtype=torch.uint8)
+    n, several = len(persons), styles if styles.ndim == 3 else styles[:, None]
+    places = range(0, n, CHUNK)
+    parts = [(persons[i : i + CHUNK], several[i : i + CHUNK], seed, i) for i in places]
+    images = torch.empty(n, several.shape[1], 3, faces.SIZE, faces.SIZE, dtype=torch.uint8)
     processes = min(processes or os.cpu_count() or 1, len(parts))
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         drawn = pool.map(_chunk, *zip(*parts, strict=True))
         for i, part in zip(places, tqdm(drawn, desc, len(parts), disable=None), strict=True):
             images[i : i + CHUNK] = torch.from_numpy(part)
-    return images
+    return images if styles.ndim == 3 else images[:, 0]
 
 
 def as_images(pixels):
