@@ -46,6 +46,8 @@ Where it departs from the published code (its file:line in brackets)
     more images at a time than the step trains. [clip_loss.py:249-251,256-257]
  9. `crop`, `freeze` and `layers="all"` are ours, and off by default.
 10. Processes that share a batch draw fresh noise from seeds of their own.
+11. `bank`, ours and off by default: stage 1 chooses its batches from so many images, encoded once,
+    and each prompt must find its own image among all of them, not only in its batch.
 """
 
 import contextlib
@@ -83,6 +85,7 @@ class Config:
     lr_mapper: float = 0.05  # Stage 1: Adam's learning rate.
     batch_mapper: int = 32  # Stage 1: images per step.
     steps_mapper: int = 300  # Stage 1: number of steps.
+    bank: int = 0  # Stage 1: images encoded once, to choose from and to contrast with; 0: new ones.
     lambda_domain: float = 1.0  # Stage 1: weight of the domain loss.
     lambda_source: float = 0.0  # Stage 1: the source label's part in it; the target's is 1.
 
@@ -176,11 +179,11 @@ def check_config(cfg):
     if cfg.source.lower().split() == cfg.target.lower().split():  # CLIP reads lower case
         raise ValueError(f"Config: source and target are both {cfg.target!r}; wanted: two domains")
     for name, kind in get_type_hints(Config).items():
-        value, least = getattr(cfg, name), 1 + (name == "batch_mapper")
+        value, least = getattr(cfg, name), {"batch_mapper": 2, "bank": cfg.bank and cfg.batch_mapper}
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"Config({name}={value!r}); wanted: one of {get_args(kind)}")
-        if kind is int and value < least:  # all of them are counts
-            raise ValueError(f"Config({name}={value}); wanted: at least {least}")
+        if kind is int and value < least.get(name, 1):  # all of them are counts
+            raise ValueError(f"Config({name}={value}); wanted: at least {least.get(name, 1)}")
 
 
 def truncate(w, w_avg, psi):
@@ -302,47 +305,20 @@ class LatentMapper(nn.Module):
 # -- 4. Prompts ------------------------------------------------------------------------------------
 
 # Of OpenAI's CLIP notebook (MIT), * = a and the; 79, as published: no "a photo of many {}."
-TEMPLATES = """\
-a bad photo of * {}.
-a sculpture of * {}.
-a photo of * hard to see {}.
-a low resolution photo of * {}.
-a rendering of * {}.
-graffiti of * {}.
-a cropped photo of * {}.
-a tattoo of * {}.
-* embroidered {}.
-a bright photo of * {}.
-a photo of * clean {}.
-a photo of * dirty {}.
-a dark photo of * {}.
-a drawing of * {}.
-* plastic {}.
-a photo of * cool {}.
-a close-up photo of * {}.
-a black and white photo of * {}.
-a painting of * {}.
-a pixelated photo of * {}.
-a jpeg corrupted photo of * {}.
-a blurry photo of * {}.
-a photo of * {}.
-a good photo of * {}.
-* {} in a video game.
-a doodle of * {}.
-* origami {}.
-a sketch of * {}.
-* toy {}.
-a rendition of * {}.
-a photo of * large {}.
-a photo of * nice {}.
-a photo of * weird {}.
-* cartoon {}.
-art of * {}.
-itap of * {}.
-* plushie {}.
-a photo of * small {}.
-""".splitlines()
-TEMPLATES = [line.replace("*", article) for line in TEMPLATES for article in ("a", "the")]
+TEMPLATES = """
+a bad photo of * {}.|a sculpture of * {}.|a photo of * hard to see {}.|
+a low resolution photo of * {}.|a rendering of * {}.|graffiti of * {}.|a cropped photo of * {}.|
+a tattoo of * {}.|* embroidered {}.|a bright photo of * {}.|a photo of * clean {}.|
+a photo of * dirty {}.|a dark photo of * {}.|a drawing of * {}.|* plastic {}.|
+a photo of * cool {}.|a close-up photo of * {}.|a black and white photo of * {}.|
+a painting of * {}.|a pixelated photo of * {}.|a jpeg corrupted photo of * {}.|
+a blurry photo of * {}.|a photo of * {}.|a good photo of * {}.|* {} in a video game.|
+a doodle of * {}.|* origami {}.|a sketch of * {}.|* toy {}.|a rendition of * {}.|
+a photo of * large {}.|a photo of * nice {}.|a photo of * weird {}.|* cartoon {}.|art of * {}.|
+itap of * {}.|* plushie {}.|a photo of * small {}."""
+TEMPLATES = [
+    line.replace("*", a) for line in TEMPLATES.replace("\n", "").split("|") for a in ("a", "the")
+]
 TEMPLATES += ["a photo of my {}.", "itap of my {}.", "a photo of one {}."]
 
 
@@ -434,16 +410,20 @@ def feature_delta(source_features, target_features):
     return F.normalize(target_features, dim=-1) - F.normalize(source_features, dim=-1)
 
 
-def contrastive_loss(image_features, text_features, logit_scale):
+def contrastive_loss(image_features, text_features, logit_scale, bank=None, index=None):
     """L_contr, equation (3): each image matches its own prompt and no other of the batch.
 
     A prompt that all images share makes the image-to-text half exactly log B, whatever it says.
+    bank [N, e], index [B]: features of more images, and where in it those of the batch are; each
+    prompt then matches its own image and no other of the bank (deviation 11).
     """
     image_features = F.normalize(image_features, dim=-1)
     text_features = F.normalize(text_features, dim=-1)
     logits = logit_scale * image_features @ text_features.T  # [B, B]
     match = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
+    texts = logits.T if bank is None else logit_scale * text_features @ F.normalize(bank, dim=-1).T
+    of_texts = F.cross_entropy(texts, match if bank is None else index)
+    return (F.cross_entropy(logits, match) + of_texts) / 2
 
 
 def domain_loss(text_features, label_feature):
@@ -585,17 +565,32 @@ def train_mapper(
         label_target = label_features(clip_model, cfg.target)
     features_of = prompt_features(cfg, clip_model, mapper, stage=1)
 
+    @torch.no_grad()
+    def encode(z, noise):
+        w = generator.mapping(z)
+        with half_precision(cfg, w, "all"):
+            x_source = generator.synthesis(w, rng=noise).float()
+        return w, E_I(x_source)
+
+    bank = index = None
+    if cfg.bank:  # deviation 11; each process encodes it whole, with the same noise
+        noise, all_z = rng if cfg.noise == "fresh" else None, gather(draw(cfg.bank))
+        parts = [encode(z, noise) for z in all_z.split(cfg.batch_mapper)]
+        bank_w, bank = map(torch.cat, zip(*parts, strict=True))
+
     parameters = list(mapper.parameters())
     optimizer, history = torch.optim.Adam(parameters, lr=cfg.lr_mapper, fused=True), []
     state = {"mapper": mapper, "optimizer": optimizer, "rng": rng, "history": history}
     for step in steps(1, cfg.steps_mapper, state):
-        with torch.no_grad():
-            w = generator.mapping(draw(cfg.batch_mapper))
-            with half_precision(cfg, w, "all"):
-                x_source = generator.synthesis(w, rng=noise_of(step)).float()
-            image_features = gather(E_I(x_source))
+        if cfg.bank:
+            index = torch.randperm(cfg.bank, generator=rng)[: cfg.batch_mapper].to(bank.device)
+            image_features, own = bank[index], index.unflatten(0, (ranks()[1], -1))[ranks()[0]]
+            w = bank_w[own]
+        else:
+            w, image_features = encode(draw(cfg.batch_mapper), noise_of(step))
+            image_features = gather(image_features)
         t_source, t_target = map(gather, features_of(w))
-        contrastive = contrastive_loss(image_features, t_source, logit_scale)
+        contrastive = contrastive_loss(image_features, t_source, logit_scale, bank, index)
         domain = domain_loss(t_target, label_target)
         domain_source = domain_loss(t_source, label_source)
         loss = contrastive + cfg.lambda_domain * (domain + cfg.lambda_source * domain_source)

@@ -46,7 +46,7 @@ MINIATURE = Settings(
 GROUPS = {  # of --help
     "what": "source target method generator class_index clip clip_weights",
     "where": "out overwrite resume save_every seed samples truncation_psi",
-    "stage_1": "n_ctx ctx_init residual lr_mapper batch_mapper steps_mapper lambda_domain "
+    "stage_1": "n_ctx ctx_init residual lr_mapper batch_mapper steps_mapper bank lambda_domain "
     "lambda_source",
     "stage_2": "lr batch steps ema eps noise crop freeze",
     "layer_choice": "layers num_layers layer_batch layer_lr layer_every",
@@ -133,6 +133,8 @@ def check(settings, **names):
         ("lr_mapper lr layer_lr", lambda x: 0 < x <= 1e30, "above 0, and at most 1e30"),
         ("lambda_domain lambda_source eps", lambda x: 0 <= x <= 1e30, "from 0 to 1e30"),
         ("class_index", lambda x: x >= 0, "0 or more"),
+        ("bank", lambda x: x == 0 or settings.batch_mapper <= x < 2**31,
+         f"0, or at least {flag('batch_mapper')} {settings.batch_mapper}"),
         ("seed", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
         ("ema crop", lambda x: 0 <= x < 1, "0 or more, and below 1"),
         ("truncation_psi", lambda x: abs(x) <= 1000, "between -1000 and 1000"),

@@ -271,11 +271,16 @@ def render(persons, styles, size=SIZE, rng=None, noise=None):
     tale = styles.to(device) == DOMAINS.index("fairy tale")
     rows = styles.to(device) + tale * forms_of(persons)[:, None]  # of TABLES
     pictures = noise.new_empty(n, 3, size, size)
-    # One at a time: what a person lacks costs nothing, and all fits the processor's cache.
-    for i in range(n):
-        index = dict(zip(CATEGORIES, persons.categories[i].tolist(), strict=True))
-        proportion = dict(zip(PROPORTIONS, persons.proportions[i].tolist(), strict=True))
-        kind = {factor: CATEGORIES[factor][0][k] for factor, k in index.items()}
-        cues = [table[row] for table, row in zip(TABLES, rows[i].tolist(), strict=True)]
-        pictures[i] = portrait(kind, index, proportion, cues, size, noise[i]) * 2 - 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, small operations of several threads crawl
+    try:
+        # One at a time: what a person lacks costs nothing, and all fits the processor's cache.
+        for i in range(n):
+            index = dict(zip(CATEGORIES, persons.categories[i].tolist(), strict=True))
+            proportion = dict(zip(PROPORTIONS, persons.proportions[i].tolist(), strict=True))
+            kind = {factor: CATEGORIES[factor][0][k] for factor, k in index.items()}
+            cues = [table[row] for table, row in zip(TABLES, rows[i].tolist(), strict=True)]
+            pictures[i] = portrait(kind, index, proportion, cues, size, noise[i]) * 2 - 1
+    finally:
+        torch.set_num_threads(threads)
     return pictures

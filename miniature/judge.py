@@ -11,6 +11,18 @@ from miniature.faces import CATEGORIES, CUES, DOMAINS, PROPORTIONS
 NONE = len(DOMAINS)  # the judge's word for a picture of no domain, which has failed
 
 
+class Residual(nn.Module):
+    """x [B, width, H, W] and what one convolution makes of it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.GroupNorm(8, width)
+
+    def forward(self, x):
+        return x + F.leaky_relu(self.norm(self.conv(x)), 0.1)
+
+
 class Judge(nn.Module):
     """Residual convolutions: images [B, 3, 128, 128] in [-1, 1] -> a dict of heads.
 
@@ -20,15 +32,14 @@ class Judge(nn.Module):
     what distances are measured in.
     """
 
-    def __init__(self, sizes=(16, 32, 64, 128, 192)):
+    def __init__(self, widths=(24, 40, 64, 128, 160), depths=(1, 2, 2, 1)):
         super().__init__()
-        self.stem = nn.Conv2d(3, sizes[0], 5, stride=2, padding=2)
-        self.down = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
-        self.keep = nn.ModuleList(nn.Conv2d(b, b, 3, padding=1) for b in sizes[1:])
-        self.norm = nn.ModuleList(nn.GroupNorm(8, b) for b in sizes[1:])
-        self.embed = nn.Linear(sizes[-1] * 16, 256)
+        layers = [nn.Conv2d(3, widths[0], 5, stride=2, padding=2), nn.LeakyReLU(0.1)]
+        for a, b, depth in zip(widths, widths[1:], depths, strict=False):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.LeakyReLU(0.1)]
+            layers += [Residual(b) for _ in range(depth)]
+        self.body = nn.Sequential(*layers)
+        self.embed = nn.Linear(widths[-1] * 16, 256)
         heads = {
             "domain": len(DOMAINS) + 1,
             **{f"cue {c}": len(DOMAINS) for c in CUES},
@@ -39,11 +50,7 @@ class Judge(nn.Module):
         self.heads = nn.Linear(256, sum(heads.values()))
 
     def forward(self, x):
-        x = F.leaky_relu(self.stem(x), 0.1)
-        for down, keep, norm in zip(self.down, self.keep, self.norm, strict=True):
-            x = F.leaky_relu(down(x), 0.1)
-            x = x + F.leaky_relu(norm(keep(x)), 0.1)
-        features = F.leaky_relu(self.embed(x.flatten(1)), 0.1)
+        features = F.leaky_relu(self.embed(self.body(x).flatten(1)), 0.1)
         outputs = self.heads(features).split(list(self.head_sizes.values()), dim=1)
         return {**dict(zip(self.head_sizes, outputs, strict=True)), "features": features}
 

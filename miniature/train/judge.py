@@ -27,11 +27,12 @@ FAILED, NEARLY = 0.3, 0.2  # shares of a batch
 @dataclass(frozen=True)
 class Config:
     pool: int = 22_000  # Pictures, drawn once, half of them mixtures.
-    steps: int = 4000  # Optimisation steps.
+    steps: int = 6300  # Optimisation steps.
     batch: int = 64  # Pictures a step.
     lr: float = 1.5e-3  # Peak rate, cosine to 0.
     seed: int = 777  # Of the weights and the pictures; not the CLIP's.
     device: str = "auto"  # auto: cuda if there is one, else cpu.
+    bfloat16: bool = False  # Autocast: 1.4 times as fast, with AVX-512 that knows it.
     threads: int = 0  # CPU threads, and processes that draw; 0 is torch's choice, and all.
     out: Path = Path("runs/judge.pt")  # Float16; miniature/weights/judge.pt at a release.
     state: Path = Path("runs/train_judge.pt")  # Resumed from when it exists; beside the pool.
@@ -67,19 +68,21 @@ def twins(index, n):
 
 
 def disturb(x, rng):
-    """Small shifts, blur and noise, and on half of the pictures brightness, contrast and tint.
+    """Small moves, blur and noise, and on half of the pictures brightness, contrast and tint.
 
     x [B, 3, 128, 128] in [-1, 1]; rng: a CPU torch.Generator.
     """
-    B, size = len(x), x.shape[-1]
+    B = len(x)
 
     def uniform(low, high, *shape):
         chance = torch.rand(B, *(shape or (1, 1, 1)), generator=rng)
         return (low + (high - low) * chance).to(x.device)
 
     on = (uniform(0, 1) < 0.5).float()
-    dx, dy = (int(v) for v in torch.randint(0, 13, (2,), generator=rng))
-    x = F.pad(x, (6, 6, 6, 6), mode="replicate")[:, :, dy : size + dy, dx : size + dx]
+    small = torch.tensor([0.05, 0.05, 0.1], device=x.device) * (uniform(0, 1, 1, 1) < 0.7)
+    place = torch.eye(2, 3, device=x.device) + small * uniform(-1, 1, 2, 3)
+    grid = F.affine_grid(place, x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     x = x * (1 + on * uniform(-0.2, 0.2)) + on * uniform(-0.15, 0.15)
     x = x + on * uniform(-0.08, 0.08, 3, 1, 1)
     x = torch.lerp(x, blur(blur(x, 3), 3), uniform(-1.5, 1.0).clamp_min(0))
@@ -234,10 +237,10 @@ def broken(x, twin, other, rng):
 
 
 # x [B, 3, H, W], the same persons' other pictures, other pictures, rng -> failed pictures. Numbers
-# are drawn once a call.
-FAILURES = (between, halved, botched, crossed, patched, doubled, smeared, blurred, tinted,
-            recolored, faded, noisy, stained, blotted, warped, chequered, haloed, overdrawn,
-            broken)  # fmt: skip
+# are drawn once a call. The hard ones first: these are drawn more often.
+FAILURES = (between, halved, botched, warped, patched, doubled, blotted, crossed, haloed,
+            chequered, recolored, overdrawn, smeared, tinted, stained, broken, noisy, faded,
+            blurred)  # fmt: skip
 PAIRED = 3  # so many of them need another picture of the same person
 
 
@@ -277,14 +280,14 @@ def judge_loss(out, persons, styles):
         loss = loss + F.cross_entropy(out[f"cue {cue}"][true], styles[:, i]) / 2
     for factor in faces.CATEGORIES:
         loss = loss + F.cross_entropy(out[factor][true], persons.category(factor)) / 2
-    return loss + 2 * F.cross_entropy(out["domain"], share)
+    return loss + 3 * F.cross_entropy(out["domain"], share)
 
 
 def training_batch(images, styles, batch, rng, device):
     """Pictures [B, 3, 128, 128], their places in the pool [B] and their styles [B, 6] or NONE."""
     n, half, failed = len(images), round(batch * (FAILED + NEARLY)), round(batch * FAILED)
     index = torch.randint(n, (batch,), generator=rng)
-    kinds = torch.randint(len(FAILURES), (half,), generator=rng)
+    kinds = (len(FAILURES) * torch.rand(half, generator=rng) ** 1.5).long()
     index[:half] = torch.where(kinds < PAIRED, index[:half] % (n // 6 * 2), index[:half])
     others = torch.randint(n, (half,), generator=rng)
     x, twin, other = (
@@ -366,7 +369,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
     judge = Judge().to(device, memory_format=torch.channels_last)
-    adam = torch.optim.AdamW(judge.parameters(), lr=cfg.lr, weight_decay=0.02)
+    adam = torch.optim.AdamW(judge.parameters(), lr=cfg.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, cfg.lr, cfg.steps, pct_start=0.05)
     parts, done = {"judge": judge, "adam": adam, "schedule": schedule}, 0
     if cfg.state.exists():
@@ -379,7 +382,9 @@ def main(cfg):
     for step in trange(done, cfg.steps, desc="judge", disable=None):
         x, index, said = training_batch(images, styles, cfg.batch, rng, device)
         who = persons.categories[index].to(device), persons.proportions[index].to(device)
-        out = judge(x.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.bfloat16):
+            out = judge(x.contiguous(memory_format=torch.channels_last))
+        out = {name: values.float() for name, values in out.items()}
         loss = judge_loss(out, faces.Persons(*who), said.to(device))
         adam.zero_grad()
         loss.backward()
