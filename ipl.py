@@ -178,8 +178,9 @@ def check_config(cfg):
     """Raises ValueError, in one sentence, for settings that cannot be meant."""
     if cfg.source.lower().split() == cfg.target.lower().split():  # CLIP reads lower case
         raise ValueError(f"Config: source and target are both {cfg.target!r}; wanted: two domains")
+    least = {"batch_mapper": 2, "bank": cfg.bank and cfg.batch_mapper}
     for name, kind in get_type_hints(Config).items():
-        value, least = getattr(cfg, name), {"batch_mapper": 2, "bank": cfg.bank and cfg.batch_mapper}
+        value = getattr(cfg, name)
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"Config({name}={value!r}); wanted: one of {get_args(kind)}")
         if kind is int and value < least.get(name, 1):  # all of them are counts
