@@ -1,6 +1,6 @@
 """Time and memory of a step: ours, and the same mathematics in the published order of work.
 
-    python -m benchmarks.step [--sizes 64 256 1024] [--stages 1 2] [--device cpu] [--repeats 7]
+    python -m benchmarks.step [--sizes 128 256 1024] [--stages 1 2] [--device cpu] [--repeats 7]
                               [--out runs/step] [--batch-mapper 4] [--batch 2] [--layer-batch 8]
                               [--same-malloc]
 
@@ -19,7 +19,7 @@ In the table, "of peak" is the share of the machine's peak that ours reaches wit
 order of work can save, "with choice" counts the layer choice among them, and "once" are the seconds
 before the first step. Parts are timed in steps of their own.
 
-64 is the miniature; larger sizes are random networks of published widths (benchmarks/worlds.py).
+128 is the miniature; larger sizes are random networks of published widths (benchmarks/worlds.py).
 The batches are the preset's, and the published ones. On a CPU those of 1024 are smaller unless
 given: the tables say so. Writes step.json and step.png.
 """
@@ -320,7 +320,7 @@ def main(argv=None, build=worlds.build):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 1024])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=(1, 2))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)

@@ -57,8 +57,8 @@ def random_world(resolution, device):
 
 
 def build(size, device):
-    """64: the miniature; larger: random networks of the published widths."""
-    return miniature_world(device) if size == 64 else random_world(size, device)
+    """128: the miniature; larger: random networks of the published widths."""
+    return miniature_world(device) if size == 128 else random_world(size, device)
 
 
 def new_mapper(world):

@@ -211,18 +211,18 @@ elf: elf 1""")
 BACKGROUND = _table("""
 photo: bokeh 1, vignette .7, lighten 0, paper 0, print 0, rays 0, darken 0, torn 0, dither 0,
     negative 0, swap 0, cave 0, night 0, forest 0
-anime: bokeh 0, vignette 0, lighten .15, rays 1
-sketch: bokeh 0, vignette 0, paper .85
-pixel art: bokeh 0, vignette 0, lighten .1, dither 1
-watercolor: bokeh 0, vignette 0, lighten .08, torn 1
-ukiyo-e: bokeh 0, vignette 0, print 1
-zombie: bokeh .3, vignette 1.3, darken .2
-elderly: bokeh .2, vignette .4, lighten .18, paper .3
-monster: bokeh .2, vignette 1.2, darken .1, swap .85
-negative: negative 1
-dwarf: bokeh 0, vignette .5, cave 1
-wizard: bokeh 0, vignette .6, night 1
-elf: bokeh 0, vignette .6, forest 1""")
+anime: bokeh .4, vignette .4, lighten .05, rays .4
+sketch: bokeh .2, vignette .3, paper .55
+pixel art: bokeh .3, vignette .4, lighten .03, dither .6
+watercolor: bokeh .4, vignette .3, lighten .03, torn .5
+ukiyo-e: bokeh .3, vignette .3, print .5
+zombie: bokeh .6, vignette 1, darken .1
+elderly: bokeh .5, vignette .6, lighten .07, paper .12
+monster: bokeh .6, vignette .9, darken .05, swap .7
+negative: negative .8
+dwarf: bokeh .4, vignette .6, cave .5
+wizard: bokeh .4, vignette .6, night .5
+elf: bokeh .4, vignette .6, forest .5""")
 # pores: of the skin. pixels: 32 coarse ones a side. wash: pigment on wet paper. wood: a block's
 # grain. fibre: of paper. scales, rot, spots: of the skin. dust: on a film.
 TEXTURE = _table("""

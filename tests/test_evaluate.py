@@ -15,7 +15,7 @@ from cli.settings import MINIATURE
 from miniature import evaluate, faces, inspect
 from miniature.judge import Judge
 from miniature.train import pool
-from miniature.truth import Truth, as_pixels, paint
+from miniature.truth import Truth, as_pixels
 from stylegan2_ops import Generator
 
 SHORT = replace(MINIATURE, steps=1, batch=2, steps_mapper=1, batch_mapper=4)
@@ -28,8 +28,7 @@ def one_painter(monkeypatch):
     """Pictures are drawn in this process: a new one takes longer to start than to draw so few."""
 
     def draw(persons, styles, seed, desc):
-        domain = int(styles[0, 0])
-        return as_pixels(paint(persons, domain, pool.chance(len(persons), seed)))
+        return as_pixels(faces.render(persons, styles, noise=pool.chance(len(persons), seed)))
 
     monkeypatch.setattr(pool, "draw", draw)
 

@@ -45,7 +45,7 @@ def test_pictures_show_every_cue_and_every_category():
     torch.testing.assert_close(photos[2:3], draw(persons[2:3]), rtol=0, atol=1e-5)
     for domain in faces.DOMAINS:
         images = draw(persons[:4], domain)
-        assert images.shape == (4, 3, 64, 64) and images.abs().max() <= 1, domain
+        assert images.shape == (4, 3, 128, 128) and images.abs().max() <= 1, domain
     others = {cue: draw_with(persons, [cue], "anime")[0] for cue in faces.CUES}
     others |= {factor: draw(changed(persons, factor)) for factor in faces.CATEGORIES}
     for name, images in others.items():
@@ -102,7 +102,7 @@ def psnr(images, wanted):
 
 def test_the_generator_draws_the_person_of_its_latent(world):
     generator, known = world
-    assert psnr(generator.synthesis(faces.persons_to_w(known.persons)), known.photos) > 33
+    assert psnr(generator.synthesis(faces.persons_to_w(known.persons)), known.photos) > 30
 
 
 def test_clip_tells_the_domains_apart():

@@ -125,7 +125,7 @@ def augment(x, rng, tinted=0.7):
         shape = B, *(shape or (1, 1, 1))
         return low + (high - low) * torch.rand(shape, generator=rng, device=device)
 
-    scale, shift = uniform(0.82, 1.08, 1), uniform(-0.12, 0.12, 2)
+    scale, shift = uniform(0.6, 1.08, 1), uniform(-0.12, 0.12, 2)
     theta = torch.zeros(B, 2, 3, device=device)
     theta[:, 0, 0] = theta[:, 1, 1] = scale[:, 0]
     theta[:, :, 2] = shift
