@@ -573,16 +573,15 @@ def train_mapper(
             x_source = generator.synthesis(w, rng=noise).float()
         return w, E_I(x_source)
 
-    bank = index = None
-    if cfg.bank:  # deviation 11; each process encodes it whole, with the same noise
-        noise, all_z = rng if cfg.noise == "fresh" else None, gather(draw(cfg.bank))
-        parts = [encode(z, noise) for z in all_z.split(cfg.batch_mapper)]
-        bank_w, bank = map(torch.cat, zip(*parts, strict=True))
-
+    bank, index, bank_z = None, None, gather(draw(cfg.bank)) if cfg.bank else None
     parameters = list(mapper.parameters())
     optimizer, history = torch.optim.Adam(parameters, lr=cfg.lr_mapper, fused=True), []
     state = {"mapper": mapper, "optimizer": optimizer, "rng": rng, "history": history}
     for step in steps(1, cfg.steps_mapper, state):
+        if cfg.bank and bank is None:  # deviation 11; each process encodes it whole
+            noise = torch.Generator().manual_seed(0) if cfg.noise == "fresh" else None
+            parts = [encode(z, noise) for z in bank_z.split(cfg.batch_mapper)]
+            bank_w, bank = map(torch.cat, zip(*parts, strict=True))
         if cfg.bank:
             index = torch.randperm(cfg.bank, generator=rng)[: cfg.batch_mapper].to(bank.device)
             image_features, own = bank[index], index.unflatten(0, (ranks()[1], -1))[ranks()[0]]

@@ -184,7 +184,7 @@ def _is_a(kind, value):
 
 def check_shares(settings, processes):
     """That the processes of a run can divide its batches among them, or a ValueError."""
-    used = ["batch"] + ["batch_mapper"] * (settings.method == "ipl")
+    used = ["batch"] + ["batch_mapper", "bank"] * (settings.method == "ipl")
     for name in used + ["layer_batch"] * (settings.layers == "adaptive"):
         if getattr(settings, name) % processes:
             wanted = f"a multiple of {processes}, the number of processes"

@@ -135,6 +135,7 @@ def test_a_clip_with_gradients_stays_as_it_is(source, clip_pair, usual):
     [
         ({"source": "Anime ", "target": "anime"}, "source and target are both 'anime'"),
         ({"batch_mapper": 1}, r"Config\(batch_mapper=1\); wanted: at least 2"),
+        ({"bank": 3}, r"Config\(bank=3\); wanted: at least 4"),
         ({"method": "NADA"}, r"Config\(method='NADA'\); wanted: one of"),
         ({"freeze": "i"}, "nothing to train: freeze='i'"),  # in weight and in bias
         ({"num_layers": 3}, "nothing to train: .*num_layers=3 of 2"),

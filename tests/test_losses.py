@@ -88,6 +88,17 @@ def test_a_shared_prompt_leaves_log_B(B):
     assert ipl.contrastive_loss(images, images, 100) < loss
 
 
+def test_a_bank_is_more_to_tell_apart():
+    """The batch itself as the bank is no bank; of more images, the own one is among them."""
+    images, texts = normal(4, 16), normal(4, 16, seed=1)
+    batch = ipl.contrastive_loss(images, texts, 10)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = ipl.contrastive_loss(images, texts, 10, 3 * images[order], order.argsort())
+    torch.testing.assert_close(shuffled, batch)
+    bank = torch.cat([normal(20, 16, seed=2), images])
+    assert ipl.contrastive_loss(images, texts, 10, bank, torch.arange(20, 24)) > batch
+
+
 def test_feature_delta_and_the_loss_of_equal_images():
     """With eps it is finite, with a gradient of at most 1 / eps; without, 0/0, as published."""
     source, text = normal(4, 16), normal(4, 16, seed=2)

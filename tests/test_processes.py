@@ -35,10 +35,10 @@ def torchrun(number, *words, **more):
 # The worker: one step of both stages -> losses, chosen layers, gradients
 
 
-def one_step(method, layers):
+def one_step(method, layers, bank=0):
     cfg = ipl.Config(
         noise="fixed", eps=0.1, crop=0.2, batch=4, batch_mapper=8, layer_batch=8, steps=1,
-        steps_mapper=1, num_layers=3, lambda_source=0.5, layers=layers,
+        steps_mapper=1, num_layers=3, lambda_source=0.5, layers=layers, bank=bank,
     )  # fmt: skip
     rng = torch.Generator().manual_seed(0)
     generator, pair = load_generator(WORLD[1]), ipl.load_clip(WORLD[3])
@@ -54,7 +54,7 @@ def one_step(method, layers):
     return history + rows, gradients
 
 
-CASES = [("ipl", "adaptive"), ("nada", "all")]
+CASES = [("ipl", "adaptive"), ("nada", "all"), ("ipl", "all", 16)]
 
 if __name__ == "__main__":
     torch.manual_seed(int(os.environ["RANK"]))  # what ranks share comes from their arguments alone

@@ -67,7 +67,10 @@ def test_every_step(whole, tmp_path, step):
 NADA = "--method nada --layers all --noise fixed --eps 0.1"
 
 
-@pytest.mark.parametrize("kind", [NADA, "--layer-every 3 --num-layers 2", "two CLIPs"])
+BANK = "--bank 9 --noise fresh"
+
+
+@pytest.mark.parametrize("kind", [NADA, BANK, "--layer-every 3 --num-layers 2", "two CLIPs"])
 def test_kinds_of_runs_stopped_again_and_again(tmp_path, kind):
     args = two_clips(tmp_path) if kind == "two CLIPs" else kind.split()
     train(tmp_path / "whole", *args)
