@@ -6,7 +6,7 @@ For every target and seed the generator is adapted with each way to choose the t
   nada       one direction for all images, between the labels
   ipl        image-specific prompts, with the preset of the miniature
   published  the same, but stage 1's residual prompts, loss weights and number of steps are the
-             published ones (its rate and batch are those of the preset)
+             published ones, without a bank (its rate and batch are those of the preset)
   mean       oracle: the mean of the true steps of 256 persons
   own        oracle: each image's own true step, of a bank of persons whose steps are known
   caption    oracle: the step between the two full captions of that very person
@@ -62,10 +62,10 @@ from miniature.train import pool
 from miniature.truth import Truth, as_pixels
 
 METHODS = ("nada", "ipl", "published", "mean", "own", "caption", "pixels")
-OF_THE_PAPER = "residual", "lambda_domain", "lambda_source", "steps_mapper"
+OF_THE_PAPER = "residual", "lambda_domain", "lambda_source", "steps_mapper", "bank"
 PUBLISHED = {name: getattr(ipl.Config(), name) for name in OF_THE_PAPER}
 PERSONAL = ("monster", "fairy tale")
-LONG = dict(steps=400, lr=0.012)
+LONG = dict(steps=400, lr=0.006, crop=0.3)
 SHOWN = "target none soft cues attributes identity diversity frechet constant structure cosine"
 SHOWN = SHOWN.split()
 
@@ -207,7 +207,8 @@ def table(rows, cfg):
     seeds = ", ".join(map(str, cfg.seeds))
     head = f"{cfg.n} pictures from latents of seed {cfg.latents}; seeds {seeds}; "
     if long := " and ".join(t for t in cfg.targets if of_target(cfg, t)):
-        head += f"stage 2 of {long}: {LONG['steps']} steps at a rate of {LONG['lr']}, all methods; "
+        settings = ", ".join(f"{name} {value}" for name, value in LONG.items())
+        head += f"stage 2 of {long} with {settings}, all methods; "
     lines = [f"{head}the runs took {hours:.1f} hours of one CPU core{gpu}.", ""]
     for target in cfg.targets:
         kinds = {m: [rows[target, m, s] for s in cfg.seeds] for m in cfg.methods}
@@ -400,7 +401,7 @@ def share_the_machine():
 
 def run_all(cfg):
     """Every run that is not finished yet, cfg.processes at a time."""
-    every = [(t, m, s) for t in cfg.targets for s in cfg.seeds for m in cfg.methods]
+    every = [(t, m, s) for s in cfg.seeds for t in cfg.targets for m in cfg.methods]
     jobs = [job for job in every if not file_of(cfg, *job).exists()]
     start = time.perf_counter()
 

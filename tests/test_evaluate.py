@@ -18,7 +18,7 @@ from miniature.train import pool
 from miniature.truth import Truth, as_pixels
 from stylegan2_ops import Generator
 
-SHORT = replace(MINIATURE, steps=1, batch=2, steps_mapper=1, batch_mapper=4)
+SHORT = replace(MINIATURE, steps=1, batch=2, steps_mapper=1, batch_mapper=4, bank=4)
 CFG = evaluate.Config(("anime",), seeds=(1,), n=16, bank=4, processes=1, preset=SHORT)
 HASTY = pytest.mark.filterwarnings("ignore:after 1 steps", "ignore:stage 1 learned little")
 
@@ -103,7 +103,7 @@ def test_a_longer_stage_2_is_said_and_kept(tmp_path):
     assert own == [{}, evaluate.LONG]
     kinds = ("nada", 1), ("source", None), ("truth", None)
     rows = {(t, *kind): dict.fromkeys(evaluate.SHOWN, 0.5) for t in cfg.targets for kind in kinds}
-    head = "stage 2 of monster: "
+    head = "stage 2 of monster with steps 400"
     assert head in evaluate.table(rows, cfg)
     assert head not in evaluate.table(rows, replace(cfg, long=False))
     evaluate.check_settings(cfg)
