@@ -542,6 +542,7 @@ def text_loss(model, features, means, drawn, cfg, words, rng, noise, seen):
     loss = loss + 3 * directional(image_features, text_features)
 
     rows = said.tolist()
+    shown = styles[torch.cat([3 * said, 3 * said + 1]).to(device)]
     people = [(lists[0][3 * i], faces.DOMAINS[lists[1][3 * i + 1][0]]) for i in rows]
     full = [captions.full_caption(c, "photo") for c, _ in people]
     full = clip.tokenize(full + [captions.full_caption(c, d) for c, d in people])
@@ -554,7 +555,8 @@ def text_loss(model, features, means, drawn, cfg, words, rng, noise, seen):
     spoken = spoken.view(4, -1, EMBED)
     seen[tokens] = seen[full] = seen[labels] = True
     steps = spoken[:, 1:] - spoken[:, :1]
-    return loss + 3 * (1 - F.cosine_similarity(steps, means, dim=-1)).mean()
+    loss = loss + 3 * (1 - F.cosine_similarity(steps, means, dim=-1)).mean()
+    return loss + domain_loss(image_features, spoken[0], shown)
 
 
 def device_of(name):
