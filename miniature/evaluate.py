@@ -65,7 +65,7 @@ METHODS = ("nada", "ipl", "published", "mean", "own", "caption", "pixels")
 OF_THE_PAPER = "residual", "lambda_domain", "lambda_source", "steps_mapper", "bank"
 PUBLISHED = {name: getattr(ipl.Config(), name) for name in OF_THE_PAPER}
 PERSONAL = ("monster", "fairy tale")
-LONG = dict(steps=400, lr=0.006, crop=0.3)
+LONG = dict(steps=400, lr=0.003)
 SHOWN = "target none soft cues attributes identity diversity frechet constant structure cosine"
 SHOWN = SHOWN.split()
 
