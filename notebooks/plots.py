@@ -17,6 +17,15 @@ from PIL import Image
 STYLE = plt.style.context(Path(__file__).with_name("ipl.mplstyle"))
 
 
+def put(figure):
+    """Into the page, in 256 colours, which no eye misses and make a file a third as large."""
+    whole, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(whole, format="png", bbox_inches="tight")
+    plt.close(figure)
+    Image.open(whole).convert("RGB").quantize(256, kmeans=1).save(small, "png")
+    display(Shown(small.getvalue()))
+
+
 @STYLE
 def show(*panels, size=(8, 3), **grid):
     """One figure of all panels. grid, for plt.subplots: sharey=True, width_ratios=(2, 1) ..."""
@@ -24,7 +33,7 @@ def show(*panels, size=(8, 3), **grid):
     figure, axes = plt.subplots(figsize=size, squeeze=False, **grid)
     for ax, panel in zip(axes.flat, panels, strict=True):
         panel(ax)
-    plt.show()
+    put(figure)
 
 
 @STYLE
@@ -53,13 +62,7 @@ def pictures(rows, columns=(), notes=None):
         for c, text in enumerate(notes.get(name, ())):
             place = c * width + R / 2, top + R + 2
             ax.text(*place, text, ha="center", va="top", fontsize=9)
-
-    whole, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(whole, format="png", bbox_inches="tight")
-    plt.close(figure)
-    # 256 colours make a file a quarter as large
-    Image.open(whole).convert("RGB").quantize(256, kmeans=1).save(small, "png")
-    display(Shown(small.getvalue()))
+    put(figure)
 
 
 def lines(series, levels=None, style="-", **axis):
