@@ -46,7 +46,7 @@ def picture(path):
 
 def test_main_job_in_a_process(tmp_path):
     """Its files, and what it says without a terminal, as into a log file."""
-    short = "--steps 1 --steps-mapper 1 --batch-mapper 4 --samples 2".split()
+    short = "--steps 1 --steps-mapper 1 --batch-mapper 4 --bank 0 --samples 2".split()
     job = start("--source", "photo", "--target", "anime", *short, folder=tmp_path)
     (out, err), run = job.communicate(), tmp_path / "runs" / "photo-to-anime"
     assert names(run) == FILES
