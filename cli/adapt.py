@@ -128,9 +128,8 @@ def floor_of_truth(settings, generator, clips, mappers):
     """Stage 2's loss of the true pairs, or None where there are none."""
     if not has_truth(settings):
         return None
-    z, *images = (
-        x.to(generator.w_avg.device) for x in true_pairs(settings.source, settings.target)
-    )
+    pairs = true_pairs(settings.source, settings.target, n=32)
+    z, *images = (x.to(generator.w_avg.device) for x in pairs)
     w, floor, weights = generator.mapping(z), 0, settings.clip_weights or [1.0] * len(clips)
     for i, (clip_model, transform) in enumerate(clips):
         source, target = (clip_model.encode_image(transform(x)) for x in images)
@@ -143,7 +142,7 @@ def floor_of_truth(settings, generator, clips, mappers):
     return float(floor)
 
 
-def judged(settings, generator, adapted, n=128):
+def judged(settings, generator, adapted, n=64):
     """What the judge sees in n pictures of latents that no training uses, in words."""
     target = settings.target.strip()
     truth = Truth(n, 70_000, load_judge(), generator.cpu(), settings.source.strip())

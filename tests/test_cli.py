@@ -59,7 +59,7 @@ def test_main_job_in_a_process(tmp_path):
     assert "ipl.py: warning: after 1 steps 95% of the average is still the source" in err
     there, judge, after = out.splitlines()
     assert there.startswith("runs/photo-to-anime: ") and all(name in there for name in FILES)
-    assert judge.startswith("the judge, of 128") and "python ipl.py sample --run" in after
+    assert judge.startswith("the judge, of 64") and "python ipl.py sample --run" in after
 
 
 def test_overwrite_replaces_a_whole_run_and_the_second_one_is_not_told_what_to_do_next(tiny):
