@@ -56,7 +56,7 @@ def test_main_job_in_a_process(tmp_path):
     assert [(row["stage"], row["step"]) for row in history_of(run)] == [(1, 0), (2, 0)]
     assert err.startswith("runs/photo-to-anime: stage 1, 1 steps of 4 images; stage 2, 1 steps")
     assert "stage 1: 100%" in err and "stage 2: 100%" in err and "loss=" in err
-    assert "ipl.py: warning: after 1 steps 95% of the average is still the source" in err
+    assert "ipl.py: warning: after 1 steps 97% of the average is still the source" in err
     there, judge, after = out.splitlines()
     assert there.startswith("runs/photo-to-anime: ") and all(name in there for name in FILES)
     assert judge.startswith("the judge, of 64") and "python ipl.py sample --run" in after
