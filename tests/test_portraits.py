@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from miniature import faces
+from miniature.train import pool
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +38,15 @@ def test_a_fairy_tale_is_decided_by_what_one_sees():
     forms = [faces.FORMS[int(i)] for i in faces.forms_of(persons)]
     counts = {form: forms.count(form) for form in faces.FORMS}
     assert min(counts.values()) >= 30, counts
+
+
+def test_a_pool_is_kept_for_what_was_asked(tmp_path):
+    made = []
+
+    def make():
+        made.append(torch.ones(2))
+        return made[-1]
+
+    for n in (1, 1, 2, 2):
+        torch.testing.assert_close(pool.kept(tmp_path / "pool.pt", make, n=n), torch.ones(2))
+    assert len(made) == 2

@@ -37,7 +37,7 @@ from tqdm import trange
 
 from checkpoints.files import write_atomically
 from miniature import captions, faces
-from miniature.train import pool
+from miniature.train import pick_device, pool
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FAINT = {"eyes": 1.5, "texture": 0.6, "lines": 0.3}  # cues of few pixels: weights of their reading
@@ -559,33 +559,20 @@ def text_loss(model, features, means, drawn, cfg, words, rng, noise, seen):
     return loss + domain_loss(image_features, spoken[0], shown)
 
 
-def device_of(name):
-    return torch.device(("cpu", "cuda")[torch.cuda.is_available()] if name == "auto" else name)
-
-
-def load_pool(path, n, seed):
-    """The pool of a seed, from its file; drawn and kept there if there is none."""
-    if not path.exists():
-        drawn = {"seed": seed, "pool": draw_pool(n, seed)}
-        write_atomically(path, lambda aside: torch.save(drawn, aside))
-    found = torch.load(path, weights_only=True)
-    if found["seed"] != seed or len(found["pool"][0]) != 3 * n:
-        raise ValueError(f"{path} is another pool; wanted: that of {n} persons, seed {seed}")
-    return found["pool"]
-
-
 def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     for path in (cfg.out, cfg.state):
         path.parent.mkdir(parents=True, exist_ok=True)
-    device = device_of(cfg.device)
+    device = pick_device(cfg.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(cfg.seed)
     rng, words = torch.Generator().manual_seed(cfg.seed), random.Random(cfg.seed)
     noise = torch.Generator(device).manual_seed(cfg.seed)  # rng picks, this one disturbs
     pool_path = cfg.state.with_name("train_clip_pool.pt")
-    images, categories, styles = load_pool(pool_path, cfg.persons, cfg.seed + 1)
+    n, seed = cfg.persons, cfg.seed + 1
+    make = functools.partial(draw_pool, n, seed)
+    images, categories, styles = pool.kept(pool_path, make, n=n, seed=seed)
     lists = categories.tolist(), styles.tolist(), styles
     looks = captions.looks(categories, styles)
     drawn = (*(x.to(device) for x in (images, categories, styles, looks)), lists)

@@ -9,6 +9,7 @@ proportions.
 """
 
 import copy
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import trange
 from checkpoints import load_generator, save_generator
 from checkpoints.files import write_atomically
 from miniature import faces
-from miniature.train import pool
+from miniature.train import pick_device, pool
 from stylegan2_ops import Generator
 
 CHANNELS = {4: 160, 8: 160, 16: 128, 32: 96, 64: 64, 128: 32}
@@ -65,14 +66,11 @@ def assignments(n, w_avg, rng):
 def load_pool(path, n, w_avg, seed):
     """The pool of n: codes [n, 12, W_DIM], photos (uint8) and their noise (float16).
 
-    The photos are drawn and kept in the file, unless those of this n and seed are there.
+    The photos are drawn, and kept in the file.
     """
     ws, persons = assignments(n, w_avg, torch.Generator().manual_seed(seed))
-    kept = torch.load(path, weights_only=True) if path.exists() else {"seed": None}
-    if kept["seed"] != seed or len(kept["photos"]) != n:
-        kept = {"seed": seed, "photos": pool.draw(persons, faces.styles_of("photo", n), seed)}
-        write_atomically(path, lambda aside: torch.save(kept, aside))
-    return ws, kept["photos"], pool.chance(n, seed).half()
+    make = functools.partial(pool.draw, persons, faces.styles_of("photo", n), seed)
+    return ws, pool.kept(path, make, n=n, seed=seed), pool.chance(n, seed).half()
 
 
 def set_noise(G, noise):
@@ -134,9 +132,7 @@ def report(G, seed=10_000, n=256):
 def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(cfg.device)
     for path in (cfg.out, cfg.state):
         path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.seed)

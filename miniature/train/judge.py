@@ -19,7 +19,8 @@ from tqdm import trange
 from checkpoints.files import write_atomically
 from miniature import faces
 from miniature.judge import NONE, Judge
-from miniature.train.pool import as_images, draw
+from miniature.train import pick_device
+from miniature.train.pool import as_images, draw, kept
 
 FAILED, NEARLY = 0.3, 0.2  # shares of a batch
 
@@ -344,28 +345,25 @@ def report(judge, seed=30_000, n=200, threads=0):
     return figures
 
 
-def pool(cfg):
+def training_pictures(cfg):
     """`labelled_pictures` to train with, kept beside the state."""
-    path, want = cfg.state.with_name("train_judge_pool.pt"), [cfg.pool, cfg.seed]
-    kept = torch.load(path, weights_only=True, mmap=True) if path.exists() else {}
-    if kept.get("of") != want:
+
+    def make():
         images, persons, styles = labelled_pictures(cfg.pool, cfg.seed, cfg.threads)
-        kept = {"of": want, "images": images, "styles": styles}
-        kept |= {"categories": persons.categories, "proportions": persons.proportions}
-        write_atomically(path, functools.partial(torch.save, kept))
-    persons = faces.Persons(kept["categories"], kept["proportions"])
-    return kept["images"], persons, kept["styles"]
+        return images, persons.categories, persons.proportions, styles
+
+    path = cfg.state.with_name("train_judge_pool.pt")
+    images, *persons, styles = kept(path, make, n=cfg.pool, seed=cfg.seed)
+    return images, faces.Persons(*persons), styles
 
 
 def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(cfg.device)
     for path in (cfg.out, cfg.state):
         path.parent.mkdir(parents=True, exist_ok=True)
-    images, persons, styles = pool(cfg)
+    images, persons, styles = training_pictures(cfg)
     torch.manual_seed(cfg.seed)
     rng = torch.Generator().manual_seed(cfg.seed)
     judge = Judge().to(device, memory_format=torch.channels_last)

@@ -1,12 +1,16 @@
 """Pictures by the ten thousand, drawn once, by all processors."""
 
+import functools
+import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from checkpoints.files import write_atomically
 from miniature import faces
 
 CHUNK = 20  # persons that share a seed, whatever the number of processes
@@ -47,6 +51,20 @@ def draw(persons, styles, seed, *, processes=None, desc="pictures"):
         for i, part in zip(places, tqdm(drawn, desc, len(parts), disable=None), strict=True):
             images[i : i + CHUNK] = torch.from_numpy(part)
     return images if styles.ndim == 3 else images[:, 0]
+
+
+def kept(path, make, **asked):
+    """What make() gives, tensors that torch can save: from its file, if that was made by the same
+    renderer for the same numbers; else made, and kept there."""
+    for name in ("faces", "portrait", "canvas"):
+        painter = Path(faces.__file__).with_name(f"{name}.py")
+        asked[name] = hashlib.sha256(painter.read_bytes()).hexdigest()
+    found = torch.load(path, weights_only=True) if path.exists() else {}
+    if found.get("asked") == asked:
+        return found["drawn"]
+    found = {"asked": asked, "drawn": make()}
+    write_atomically(path, functools.partial(torch.save, found))
+    return found["drawn"]
 
 
 def as_images(pixels):
