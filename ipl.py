@@ -41,11 +41,10 @@ Where it departs from the published code (its file:line in brackets)
  5. CLIP runs in float32, there in float16. `autocast="clip"` runs its image encoder in bfloat16.
  6. n_ctx counts prompt vectors, there the words of ctx_init. [train.py:79-80,112]
  7. Samples are truncated towards the generator's own average; there it is drawn anew each time.
- 8. Work that changes no number is left out: fixed texts are encoded once, prompts are not padded,
-    neither CLIP nor the weights in the layer choice collect gradients, and the choice looks at no
-    more images at a time than the step trains. [clip_loss.py:249-251,256-257]
- 9. `crop`, `freeze` and `layers="all"` are ours, and off by default.
-10. Processes that share a batch draw fresh noise from seeds of their own.
+ 8. Work that changes no number is left out: fixed texts are encoded once, prompts not padded, CLIP
+    and layer choice collect no gradients of weights. [clip_loss.py:249-251,256-257]
+ 9. `crop`, `freeze`, `layers="all"` are ours, `lazy` to `log_loss` DiffusionCLIP's; off by default.
+10. Processes that share a batch draw fresh noise from their own seeds.
 11. `bank`, ours and off by default: stage 1 chooses its batches from so many images, encoded once,
     and each prompt must find its own image among all of them, not only in its batch.
 """
@@ -77,32 +76,32 @@ class Config:
     target: str = "anime"  # What it shall draw, in words.
     method: Literal["ipl", "nada"] = "ipl"  # Own prompts for each image; or one direction for all.
     clip_weights: tuple[float, ...] = ()  # Weight of each CLIP in stage 2; else 1.
-
     n_ctx: int = 4  # Prompts: number of learned vectors, m; deviation 6 of ipl.py.
     ctx_init: str = "a photo of a"  # Prompts: the fixed text of residual prompts.
     residual: Literal["published", "label", "none"] = "published"  # Prompts: deviation 1 of ipl.py.
-
     lr_mapper: float = 0.05  # Stage 1: Adam's learning rate.
     batch_mapper: int = 32  # Stage 1: images per step.
     steps_mapper: int = 300  # Stage 1: number of steps.
     bank: int = 0  # Stage 1: images encoded once, to choose from and to contrast with; 0: new ones.
     lambda_domain: float = 1.0  # Stage 1: weight of the domain loss.
     lambda_source: float = 0.0  # Stage 1: the source label's part in it; the target's is 1.
-
-    lr: float = 0.002  # Stage 2: learning rate; Adam gets 4/5 of it, as in StyleGAN2.
+    lr: float = 0.002  # Stage 2: learning rate.
     batch: int = 2  # Stage 2: images per step.
     steps: int = 300  # Stage 2: number of steps.
     ema: float = 0.99  # Stage 2: decay of the moving average, which is the result.
     eps: float = 0.0  # Stage 2: smooths |delta_image| near 0; deviation 3 of ipl.py.
     noise: Literal["fresh", "fixed"] = "fresh"  # Of synthesis: anew for each image, or its own.
     crop: float = 0.0  # Stage 2: the same random crop of both images, by up to this part.
+    lazy: bool = True  # Stage 2: Adam gets 4/5 of lr, and betas to the power of it; else as is.
+    betas: tuple[float, float] = (0.0, 0.99)  # Stage 2: Adam's.
+    growth: tuple[float, int] = (1.0, 50)  # Stage 2: factor of the rate, after so many steps each.
+    log_loss: bool = False  # Stage 2: -log(1 - d/2) of the directional loss d, as DiffusionCLIP.
     layers: Literal["adaptive", "all"] = "adaptive"  # Stage 2: layers trained in each step.
     num_layers: int | None = None  # Adaptive choice: how many. None: two thirds.
     layer_batch: int = 8  # Adaptive choice: number of latents.
     layer_lr: float = 0.01  # Adaptive choice: step size; of one step, it cannot change the choice.
     layer_every: int = 1  # Adaptive choice: made in every n-th step, and kept in between.
     freeze: str = ""  # Stage 2: leave parameters with this in their name alone, e.g. noise.
-
     # Faster, with other numbers: half precision for CLIP's image encoder, or for all networks.
     autocast: Literal["none", "clip", "all"] = "none"
     half: Literal["bf16", "fp16"] = "bf16"  # The half precision of autocast.
@@ -114,7 +113,7 @@ class Generator(Protocol):
     """An nn.Module in eval mode; its methods work on w's device. `check_generator` looks."""
 
     z_dim: int
-    w_dim: int
+    w_dim: int  # if it has a code_dim as well, F reads so many numbers of w, the last
     num_ws: int  # W
     resolution: int  # R
     w_avg: torch.Tensor  # [w_dim], the centre of truncation
@@ -193,7 +192,6 @@ def truncate(w, w_avg, psi):
 
 
 # -- 2. CLIP and its image transform ---------------------------------------------------------------
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -229,8 +227,8 @@ def load_clip(name_or_path, device="cpu"):
             raise
         name = "state dict" if isinstance(name_or_path, dict) else repr(str(name_or_path))
         wanted = f"OpenAI's names or, when online, one of {', '.join(clip.available_models())}"
-        why = f"cannot be loaded ({type(error).__name__}); wanted: tensors under"
-        raise ValueError(f"CLIP {name} {why} {wanted}") from error
+        found = f"CLIP {name} cannot be loaded ({type(error).__name__})"
+        raise ValueError(f"{found}; wanted: tensors under {wanted}") from error
     clip_model = clip_model.float().requires_grad_(False).eval().to(device)
     return clip_model, lambda images: clip_transform(images, clip_model.visual.input_resolution)
 
@@ -294,7 +292,8 @@ class LatentMapper(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(after) for after in widths[1:])
 
     def forward(self, w):
-        """w [B, w_dim] -> ctx [B, n_ctx, ctx_dim]."""
+        """w [B, w_dim], or more numbers of which it reads the last -> ctx [B, n_ctx, ctx_dim]."""
+        w = w[:, -self.weights[0].shape[1] :]
         x = w * (w.square().mean(dim=-1, keepdim=True) + 1e-8).rsqrt()
         for weight, bias in zip(self.weights, self.biases, strict=True):
             scale = self.lr_mul / math.sqrt(weight.shape[1])
@@ -304,19 +303,17 @@ class LatentMapper(nn.Module):
 
 
 # -- 4. Prompts ------------------------------------------------------------------------------------
-
 # Of OpenAI's CLIP notebook (MIT), * = a and the; 79, as published: no "a photo of many {}."
 TEMPLATES = """
 a bad photo of * {}.|a sculpture of * {}.|a photo of * hard to see {}.|
 a low resolution photo of * {}.|a rendering of * {}.|graffiti of * {}.|a cropped photo of * {}.|
 a tattoo of * {}.|* embroidered {}.|a bright photo of * {}.|a photo of * clean {}.|
-a photo of * dirty {}.|a dark photo of * {}.|a drawing of * {}.|* plastic {}.|
-a photo of * cool {}.|a close-up photo of * {}.|a black and white photo of * {}.|
-a painting of * {}.|a pixelated photo of * {}.|a jpeg corrupted photo of * {}.|
-a blurry photo of * {}.|a photo of * {}.|a good photo of * {}.|* {} in a video game.|
-a doodle of * {}.|* origami {}.|a sketch of * {}.|* toy {}.|a rendition of * {}.|
-a photo of * large {}.|a photo of * nice {}.|a photo of * weird {}.|* cartoon {}.|art of * {}.|
-itap of * {}.|* plushie {}.|a photo of * small {}."""
+a photo of * dirty {}.|a dark photo of * {}.|a drawing of * {}.|* plastic {}.|a photo of * cool {}.|
+a close-up photo of * {}.|a black and white photo of * {}.|a painting of * {}.|
+a pixelated photo of * {}.|a jpeg corrupted photo of * {}.|a blurry photo of * {}.|a photo of * {}.|
+a good photo of * {}.|* {} in a video game.|a doodle of * {}.|* origami {}.|a sketch of * {}.|
+* toy {}.|a rendition of * {}.|a photo of * large {}.|a photo of * nice {}.|a photo of * weird {}.|
+* cartoon {}.|art of * {}.|itap of * {}.|* plushie {}.|a photo of * small {}."""
 TEMPLATES = [
     line.replace("*", a) for line in TEMPLATES.replace("\n", "").split("|") for a in ("a", "the")
 ]
@@ -449,7 +446,7 @@ def select_layers(generator, text_loss, w, k, *, lr=0.01, rng=None, at_once=8):
 
     One step of SGD, -lr * gradient, on the W+ codes of images w [N, w_dim] towards the text moves
     those inputs furthest whose layers can bring it. text_loss: images -> their mean loss, a scalar.
-    No image's gradient depends on another's: at_once of them are in memory (deviation 8).
+    No image's gradient depends on another's: at_once of them are in memory.
     """
     weights = 0
     for codes in w.split(at_once):
@@ -486,8 +483,8 @@ def sum_over_processes(tensors):
 
 # -- 8. What both training loops share -------------------------------------------------------------
 def progress(stage, total, state, done=0):
-    """The steps of a loop, with a bar or, where there is no terminal, lines. It is the `steps` of
-    both loops; state is what they train, by name. Another generator of steps can look on:
+    """The steps of both loops, with a bar or, where there is no terminal, lines; state is what they
+    train, by name. Another generator of steps can look on:
         def watch(stage, total, state):
             for step in ipl.progress(stage, total, state):
                 yield step
@@ -556,8 +553,8 @@ def train_mapper(
     check_config(cfg)
     check_generator(generator)
     if mapper is None:
-        ctx_dim = clip_model.token_embedding.embedding_dim
-        mapper = LatentMapper(generator.w_dim, cfg.n_ctx, ctx_dim, rng).to(generator.w_avg.device)
+        width, ctx = getattr(generator, "code_dim", generator.w_dim), clip_model.token_embedding
+        mapper = LatentMapper(width, cfg.n_ctx, ctx.embedding_dim, rng).to(generator.w_avg.device)
     draw, noise_of = random_inputs(cfg, generator, rng, draw_z)
     E_I = image_encoder(clip_model, transform, cfg)
     with torch.no_grad():  # constants are encoded once
@@ -613,8 +610,6 @@ def train_mapper(
 
 # -- 10. Stage 2: a copy of the generator learns ---------------------------------------------------
 # A direction is a function (w, z, x_source) -> delta_text [B, e], of latents and source images.
-
-
 def prompt_directions(cfg, clip_model, mapper):
     """IPL's direction, from each image's source prompt to its target prompt."""
     features_of = prompt_features(cfg, clip_model, mapper, stage=2)
@@ -647,7 +642,7 @@ def crop_images(images, windows):
 @plain_torch()
 def adapt_generator(
     cfg, generator, clips, directions, *, rng,
-    target=None, layers=None, draw_z=None, steps=progress,
+    target=None, layers=None, draw_z=None, source_images=None, more_loss=None, steps=progress,
 ):  # fmt: skip
     """Stage 2, equation (9) -> the moving average of the adapted generator, and a history.
 
@@ -656,6 +651,8 @@ def adapt_generator(
     target: what to train, in place; else a copy of the generator, which itself stays as it is.
     layers: the W modules to choose from, else target.layers(). rng, draw_z, steps: as in stage 1;
     the images' z is drawn before that of the layer choice. The average starts at `generator`.
+    source_images: z -> x_source, else the generator's. more_loss: (x_source, x_target) -> [B], what
+    each image adds to its loss, as for an identity that shall stay.
     A row: {"stage": 2, "step": 0, "loss": 0.9, "delta_image_norm": 0.2, "layers": [0, 3],
     "grad_norm": 1.5}. Raises FloatingPointError and ValueError, as stage 1.
     """
@@ -673,6 +670,7 @@ def adapt_generator(
     average = AveragedModel(source, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     average.requires_grad_(False).n_averaged.fill_(1)  # the source counts: the first step averages
     draw, noise_of = random_inputs(cfg, source, rng, draw_z)
+    mapping = torch.no_grad()(source.mapping)
     encoders = [image_encoder(model, transform, cfg) for model, transform in clips]
     with torch.no_grad():
         texts = [encode_texts(model, cfg.target)[0] for model, _ in clips]  # the bare label
@@ -690,18 +688,17 @@ def adapt_generator(
     if not parameters or not 0 < k <= num_ws:
         raise ValueError(f"nothing to train: freeze={cfg.freeze!r}, num_layers={k} of {num_ws}")
     # 4/5: StyleGAN2's correction for regularising in every fourth step only, kept by NADA and IPL
-    betas = 0.0, 0.99 ** (4 / 5)
-    optimizer = torch.optim.Adam(parameters, lr=cfg.lr * 4 / 5, betas=betas, fused=True)
+    lr, power = (cfg.lr * 4 / 5, 4 / 5) if cfg.lazy else (cfg.lr, 1)
+    betas = [beta**power for beta in cfg.betas]
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
     history, chosen = [], list(range(num_ws))
     state = {"target": target, "average": average, "optimizer": optimizer, "rng": rng}
     for step in steps(2, cfg.steps, state | {"history": history, "layers": chosen}):
         z, noise = draw(cfg.batch), noise_of(step)
-        with torch.no_grad():
-            w = source.mapping(z)
+        w = mapping(z)
         target.requires_grad_(False)
         if cfg.layers == "adaptive" and k < num_ws and step % cfg.layer_every == 0:
-            with torch.no_grad():
-                codes = source.mapping(draw(cfg.layer_batch))
+            codes = mapping(draw(cfg.layer_batch))
             with half_precision(cfg, codes, "all"):
                 chosen[:], _ = select_layers(
                     target, text_loss, codes, k, lr=cfg.layer_lr, rng=noise, at_once=len(z)
@@ -713,8 +710,9 @@ def adapt_generator(
         windows = random_windows(cfg.batch, cfg.crop, rng) if cfg.crop else None  # deviation 9
         with half_precision(cfg, w, "all"):
             with torch.no_grad():
-                x_source = source.synthesis(w, rng=noise).float()
-            x_target = target.synthesis(w, rng=noise).float()
+                x_source = source_images(z) if source_images else source.synthesis(w, rng=noise)
+            x_target = target.synthesis(w, rng=noise)
+        x_source, x_target = x_source.float(), x_target.float()
         loss, lengths = 0, []
         for E_I, direction, weight in zip(encoders, directions, weights, strict=True):
             with torch.no_grad():
@@ -722,8 +720,12 @@ def adapt_generator(
                 source_features = gather(E_I(crop_images(x_source, windows)))
             target_features = gather(E_I(crop_images(x_target, windows)))
             delta_image = feature_delta(source_features, target_features)
-            loss = loss + weight * directional_loss(delta_image, delta_text, cfg.eps)
+            d = directional_loss(delta_image, delta_text, cfg.eps)
+            loss = loss + weight * (-(1 - d / 2).log() if cfg.log_loss else d)
             lengths.append(delta_image.norm(dim=-1).mean())
+
+        if more_loss:
+            loss = loss + gather(more_loss(x_source, x_target)).mean()
 
         optimizer.zero_grad()  # to None, so that Adam passes over the layers not chosen
         loss.backward(inputs=[p for p in parameters if p.requires_grad])
@@ -734,6 +736,7 @@ def adapt_generator(
             stage=2, step=step, loss=loss, delta_image_norm=torch.stack(lengths).mean(),
             layers=sorted(chosen), grad_norm=nn.utils.get_total_norm(gradients),
         ))  # fmt: skip
+        optimizer.param_groups[0]["lr"] = lr * cfg.growth[0] ** (step // cfg.growth[1])
         optimizer.step()
         average.update_parameters(target)
     target.requires_grad_(False)
@@ -741,23 +744,24 @@ def adapt_generator(
 
 
 @plain_torch()
-def adapt(cfg, generator, clips, *, rng, steps=progress):
+def adapt(cfg, generator, clips, *, rng, draw_z=None, steps=progress, **of_stage_2):
     """Both stages -> the adapted generator, a mapper for each CLIP (none for NADA), the history.
-
+    draw_z, steps: of both stages; of_stage_2: further arguments of adapt_generator.
     clips = [ipl.load_clip("ViT-B/32", device)]  # of several, rows of stage 1 have a "clip"
     rng = torch.Generator().manual_seed(0)
     adapted, mappers, history = ipl.adapt(ipl.Config(), generator, clips, rng=rng)
     """
     mappers, directions, history = [], [], []
+    shared = {"rng": rng, "draw_z": draw_z, "steps": steps}
     for i, (clip_model, transform) in enumerate(clips):
         if cfg.method == "nada":
             directions.append(label_direction(cfg, clip_model))
         else:
-            mapper, rows = train_mapper(cfg, generator, clip_model, transform, rng=rng, steps=steps)
+            mapper, rows = train_mapper(cfg, generator, clip_model, transform, **shared)
             mappers.append(mapper)
             directions.append(prompt_directions(cfg, clip_model, mapper))
             history += [{**row, "clip": i} for row in rows] if len(clips) > 1 else rows
-    adapted, rows = adapt_generator(cfg, generator, clips, directions, rng=rng, steps=steps)
+    adapted, rows = adapt_generator(cfg, generator, clips, directions, **shared, **of_stage_2)
     return adapted, mappers, history + rows
 
 

@@ -17,17 +17,17 @@ def alphas_cumprod(beta_start=1e-4, beta_end=0.02, n=1000):
 
 def timesteps(n, t0):
     """n times from 0 to t0, both among them: [0, .., t0]; n = 1 is t0 alone."""
-    return [t0] if n == 1 else [int(s) for s in (torch.linspace(0, 1, n) * t0).tolist()]
+    shares = torch.linspace(0, 1, n, dtype=torch.float64) if n > 1 else torch.ones(1)
+    return [int(s) for s in (shares * t0).tolist()]
 
 
-def step(eps, x, t, t_next, alphas, clamp=None):
-    """x_t [B, 3, R, R] -> x at t_next, which may be earlier or later, and the estimate of x_0.
+def step(x, noise, t, t_next, alphas, clamp=None):
+    """x_t [B, 3, R, R], and the noise in it -> x at t_next, and the estimate of x_0.
 
-    eps: a function (x, t [B]) -> the noise in x. t, t_next: numbers; t_next -1 is the picture.
-    clamp: bounds of the estimate, +-clamp; None, as anywhere but in sampling from noise: none.
+    t, t_next: numbers; t_next may be earlier or later; -1 is the picture. clamp: bounds of the
+    estimate, +-clamp; None, as anywhere but in sampling from pure noise: none.
     """
     a, a_next = alphas[t], alphas[t_next] if t_next >= 0 else alphas.new_ones(())
-    noise = eps(x, torch.full((len(x),), t, device=x.device))
     x0 = (x - (1 - a).sqrt() * noise) / a.sqrt()
     if clamp is not None:
         x0 = x0.clamp(-clamp, clamp)
@@ -35,10 +35,20 @@ def step(eps, x, t, t_next, alphas, clamp=None):
     return a_next.sqrt() * x0 + (1 - a_next).sqrt() * noise, x0
 
 
+def everywhere(x, t):
+    """A time for each of x [B, ...]: t [B]."""
+    return torch.full((len(x),), t, device=x.device)
+
+
+def downwards(times):
+    """Pairs (t, t_next) from times[-1] to times[0], and to -1, the picture."""
+    return [*zip(times, [-1, *times], strict=False)][::-1]
+
+
 def generate(eps, x, times, alphas, clamp=None):
-    """x at times[-1] -> the picture, by a step from each time to the one below it, 0 to -1."""
-    for t_next, t in reversed([*pairwise([-1, *times])]):
-        x, _ = step(eps, x, t, t_next, alphas, clamp)
+    """x at times[-1] -> the picture. eps: a function (x, t [B]) -> the noise in x."""
+    for t, t_next in downwards(times):
+        x, _ = step(x, eps(x, everywhere(x, t)), t, t_next, alphas, clamp)
     return x
 
 
@@ -50,5 +60,5 @@ def invert(eps, x, times, alphas):
     picture is taken for x at 0.
     """
     for t, t_next in pairwise(times):
-        x, _ = step(eps, x, t, t_next, alphas)
+        x, _ = step(x, eps(x, everywhere(x, t)), t, t_next, alphas)
     return x

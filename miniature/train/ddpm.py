@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 from tqdm import trange
 
-from checkpoints.diffusers import save_unet
+from checkpoints.diffusion import save_unet
 from checkpoints.files import write_atomically
 from diffusion import UNet, alphas_cumprod, generate, invert, timesteps
 from diffusion.unet import config_of

@@ -1,0 +1,371 @@
+"""Reading and writing denoising diffusion models of pixels, unconditional, that predict the noise.
+
+  diffusers    a folder: config.json, diffusion_pytorch_model.safetensors, scheduler_config.json, or
+               these in the folders unet/ and scheduler/ of a pipeline
+  DDPM's       .ckpt, .pt, .pth: the state dict of ermongroup/ddim, SDEdit and DiffusionCLIP
+  safetensors  ours: the state dict, with both configs as metadata
+
+The content says which it is. No code in it is ever run, and nothing that it only claims takes time
+or memory. All become the tensors of a UNet, under diffusers' names.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+
+from checkpoints.files import (
+    check_finite,
+    check_names,
+    is_safetensors,
+    read_file,
+    unwrapped,
+    write_atomically,
+)
+from checkpoints.pickles import CheckpointError, read_pickled, some, tensor_reader
+from diffusion import UNet, alphas_cumprod
+from diffusion.unet import CONFIG, config_of
+
+WANTED = "a folder of diffusers' UNet2DModel, or a DDPM's .ckpt, .pt or .safetensors"
+SCHEDULE = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class Checkpoint(NamedTuple):
+    """A diffusion model as it is in a file or folder."""
+
+    layout: str  # whose it is, in words
+    config: dict  # of the UNet
+    schedule: dict  # as SCHEDULE
+    state: dict  # the UNet's state dict; the tensors have the types of the file
+    beside: list  # the names of what else is there
+
+
+def load_unet(path, device="cpu", side=None):
+    """-> a frozen UNet, float32, in eval mode, and its schedule alphas [1000].
+
+    path: a folder, a file or the URL of one. side: pixels of a side, if it shall draw others than
+    the file says, or than the 256 pixels of a DDPM whose attention is at 16.
+    Raises CheckpointError, of one line, for what is missing, damaged or of another kind.
+    """
+    checkpoint = read_checkpoint(path)
+    config, schedule = checkpoint.config, checkpoint.schedule
+    if side is not None:
+        levels = 2 ** (len(config["block_out_channels"]) - 1)
+        if side % levels or not 8 <= side <= 1024:
+            raise CheckpointError(f"{path}: {side} pixels; wanted: 8 to 1024, by {levels}")
+        config = config | {"sample_size": side}
+    unet = empty_unet(config)
+    unet.to_empty(device=device).load_state_dict(checkpoint.state)
+    betas = schedule["beta_start"], schedule["beta_end"], schedule["num_train_timesteps"]
+    return unet.requires_grad_(False).eval(), alphas_cumprod(*betas).to(device)
+
+
+def save_unet(config, state, path, schedule=SCHEDULE):
+    """Write a folder in diffusers' layout, or one file if path is .safetensors, bit for bit.
+
+    config: that of a UNet; state: its tensors, of any type of floats. The file appears whole or not
+    at all, as does each file of the folder.
+    """
+    path = Path(path)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+    if path.suffix == ".safetensors":
+        about = {"unet": json.dumps(config), "scheduler": json.dumps(schedule)}
+        files = {path: safetensors.torch.save(tensors, about)}
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        files = {
+            path / WEIGHTS: safetensors.torch.save(tensors),
+            path / "scheduler_config.json": json.dumps(schedule, indent=2).encode(),
+            path / "config.json": json.dumps(config, indent=2).encode(),
+        }
+    for file, data in files.items():
+        write_atomically(file, lambda aside, data=data: aside.write_bytes(data))
+
+
+def is_diffusion(path):
+    """Whether a path is that of a diffusion model rather than of a GAN: a folder, or by its keys.
+
+    What cannot be read is none: whoever reads it as a GAN says why.
+    """
+    if Path(path).is_dir():
+        return True
+    try:
+        data = Path(path).read_bytes()
+        if is_safetensors(data):
+            head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            return "unet" in head.get("__metadata__", {}) or "conv_in.weight" in head
+        return bool(_kind(_flat(read_pickled(data)[0], [])))
+    except Exception:  # whatever a stranger's bytes can raise
+        return False
+
+
+def read_checkpoint(path):
+    """Read a Checkpoint, from a folder, a file or a URL. Nothing is computed."""
+    if not Path(path).is_dir():
+        return read_file(path, WANTED, _parse)
+    try:
+        return _read_folder(Path(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------
+# diffusers
+
+
+def _read_json(folder, name):
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no readable {name} in it; wanted: {WANTED}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"its {name} is no JSON object; wanted: {WANTED}")
+    return found
+
+
+def _read_folder(folder):
+    beside = sorted(path.name for path in folder.iterdir())
+    if not beside:
+        raise CheckpointError(f"an empty folder; wanted: {WANTED}")
+    if latent := [name for name in ("vae", "vqvae", "text_encoder") if name in beside]:
+        raise CheckpointError(
+            f"a model of latents or texts, as it has {some(latent)}; wanted: one of pixels"
+        )
+    inner = folder / "unet" if "unet" in beside else folder
+    config = _read_json(inner, "config.json")
+    places = [folder / "scheduler", folder]
+    place = next((x for x in places if (x / "scheduler_config.json").is_file()), None)
+    if place is None:
+        raise CheckpointError("no scheduler_config.json in it; wanted: that of its training")
+    schedule = _read_json(place, "scheduler_config.json")
+    if not (inner / WEIGHTS).is_file():
+        others = [path.name for path in inner.glob("diffusion_pytorch_model*")]
+        found = f", but {some(others)}" if others else ""
+        raise CheckpointError(f"no {WEIGHTS} in it{found}; wanted: safetensors")
+    try:
+        state = safetensors.torch.load_file(inner / WEIGHTS)
+    except Exception as error:  # bytes that are no safetensors can fail in any way
+        raise CheckpointError(f"{WEIGHTS} is damaged ({type(error).__name__})") from error
+    return _checked("diffusers'", config, schedule, state, [])
+
+
+def _checked(layout, config, schedule, state, beside):
+    """A Checkpoint, if the tensors are those of a UNet with `config`, of a known schedule."""
+    _check_schedule(schedule)
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    state = {  # attention, as diffusers named it until 2023
+        re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\.",
+               lambda x: f"{x[1]}{old[x[2]]}.", name): tensor
+        for name, tensor in state.items()
+    }  # fmt: skip
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{name!r:.80} is not a plain tensor of floats")
+    unet = empty_unet(config)
+    check_names(state, unet.state_dict(), "such a UNet2DModel")
+    check_finite(state)
+    schedule = {name: schedule.get(name, value) for name, value in SCHEDULE.items()}
+    return Checkpoint(layout, unet.config, schedule, state, beside)
+
+
+def _check_schedule(schedule):
+    kind = schedule.get("prediction_type", "epsilon")
+    shape = schedule.get("beta_schedule", "linear")
+    if kind != "epsilon":
+        raise CheckpointError(f"its prediction_type is {kind!r:.40}; wanted: epsilon, the noise")
+    if shape != "linear" or schedule.get("trained_betas") is not None:
+        found = "trained_betas" if shape == "linear" else f"beta_schedule {shape!r:.40}"
+        raise CheckpointError(f"its schedule has {found}; wanted: beta_schedule linear")
+    for name, low, high in (("beta_start", 0, 0.1), ("beta_end", 0, 0.999)):
+        value = schedule.get(name, SCHEDULE[name])
+        if type(value) not in (int, float) or not low < value <= high:
+            raise CheckpointError(f"its schedule's {name} is {value!r:.40}")
+    n = schedule.get("num_train_timesteps", 1000)
+    if type(n) is not int or not 10 <= n <= 10_000:
+        raise CheckpointError(f"its schedule's num_train_timesteps is {n!r:.40}")
+
+
+_FIXED = {  # what a UNet cannot do otherwise; a config may leave it out
+    "act_fn": "silu",
+    "time_embedding_type": "positional",
+    "resnet_time_scale_shift": "default",
+    "center_input_sample": False,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2D",
+    "add_attention": True,
+    "attn_norm_num_groups": None,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+}
+
+
+def empty_unet(config):
+    """UNet(config) on the meta device, where tensors have no memory.
+
+    Raises CheckpointError, of one line, if the config is not one of a UNet.
+    """
+
+    def refuse(found, wanted):
+        raise CheckpointError(f"{found}; wanted: {wanted}")
+
+    kind = config.get("_class_name", "UNet2DModel")
+    if kind != "UNet2DModel":
+        refuse(f"its network is a {kind!r:.40}", "a UNet2DModel, of pixels and without a text")
+    if config.get("class_embed_type") or config.get("num_class_embeds"):
+        refuse("its network is class-conditional", "one without classes")
+    channels = config.get("in_channels", 3), config.get("out_channels", 3)
+    if channels not in ((3, 3), (3, 6)):
+        what = "latents, as of Stable Diffusion" if channels[0] == 4 else "other than RGB pictures"
+        refuse(f"its network maps {channels[0]} channels to {channels[1]}: {what}", "3 channels")
+    for name, value in _FIXED.items():
+        if (found := config.get(name, value)) not in (value, None if value is None else value):
+            refuse(f"its network's {name} is {found!r:.40}", repr(value))
+    widths = config.get("block_out_channels")
+    if not isinstance(widths, list | tuple) or not 1 <= len(widths) <= 8:
+        refuse("its config.json has no list of block_out_channels", "that of a UNet2DModel")
+    known = {**CONFIG, **{k: x for k, x in config.items() if k in CONFIG}}
+    whole = {"sample_size": (8, 1024), "layers_per_block": (1, 8), "norm_num_groups": (1, 64)}
+    whole |= {"downsample_padding": (0, 1), "freq_shift": (0, 1)}
+    numbers = {**known, "sample_size": config.get("sample_size")}
+    for name, (low, high) in whole.items():
+        if type(numbers[name]) is not int or not low <= numbers[name] <= high:
+            refuse(f"its network's {name} is {numbers[name]!r:.40}", f"{low} to {high}")
+    groups, head, eps = (known[k] for k in ("norm_num_groups", "attention_head_dim", "norm_eps"))
+    if not all(type(c) is int and 0 < c <= 4096 and c % groups == 0 for c in widths):
+        refuse(f"its block_out_channels are {widths!r:.80}", f"multiples of {groups} up to 4096")
+    if head is not None and (type(head) is not int or not 0 < head <= 4096):
+        refuse(f"its attention_head_dim is {head!r:.40}", "a number of channels, or null")
+    if type(eps) is not float or not 0 < eps < 1:
+        refuse(f"its norm_eps is {eps!r:.40}", "a small number")
+    attention = []
+    for way in ("down", "up"):
+        kinds = config.get(f"{way}_block_types")
+        plain = [f"{way.title()}Block2D", f"Attn{way.title()}Block2D"]
+        if not isinstance(kinds, list | tuple) or len(kinds) != len(widths):
+            refuse(f"its config.json has no {way}_block_types for each width", " or ".join(plain))
+        if unknown := [kind for kind in kinds if kind not in plain]:
+            refuse(f"its network has blocks of type {some(unknown)}", " or ".join(plain))
+        attention.append([kind.startswith("Attn") for kind in kinds])
+    if attention[0] != attention[1][::-1]:
+        refuse("its network attends at other sizes on the way up than down", "the same")
+    if numbers["sample_size"] % 2 ** (len(widths) - 1):
+        refuse(f"its sample_size is {numbers['sample_size']}", f"one to halve {len(widths)} times")
+    others = {k: known[k] for k in CONFIG}
+    with torch.device("meta"):
+        return UNet(config_of(numbers["sample_size"], widths, attention[0], **others))
+
+
+# ----------------------------------------------------------------------------------------------
+# Files
+
+
+def _parse(data, notes):
+    if is_safetensors(data):
+        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about = head.get("__metadata__", {})
+        if "unet" not in about:
+            raise CheckpointError("tensors without a config; wanted: the folder they come from")
+        config, schedule = json.loads(about["unet"]), json.loads(about["scheduler"])
+        return _checked("safetensors", config, schedule, safetensors.torch.load(data), [])
+    value, _ = read_pickled(data)
+    stored = _flat(value, notes)
+    kind = _kind(stored)
+    if kind is None:
+        what = f"it has {some([*stored])}" if stored else "no dict of tensors"
+        raise CheckpointError(f"not a diffusion model, {what}; wanted: {WANTED}")
+    if kind != "DDPM's":
+        raise CheckpointError(f"{kind} layout is not supported; wanted: {WANTED}")
+    read = tensor_reader(4 * len(data))
+    state = {name: read(name, tensor) for name, tensor in stored.items()}
+    config, state = from_ddpm(state)
+    return _checked(kind, config, SCHEDULE, state, [])
+
+
+def _flat(value, notes):
+    """The state dict in what a file holds; of ermongroup/ddim's training files, the average."""
+    if isinstance(value, list | tuple) and len(value) > 1:
+        value = value[-1] if isinstance(value[-1], dict) else value[0]
+        notes.append("a training file: its last state dict was read, the average if it has one")
+    return unwrapped(value, notes) if isinstance(value, dict) else {}
+
+
+def _kind(state):
+    """Whose layout a state dict has, or None."""
+    if "temb.dense.0.weight" in state:
+        return "DDPM's"
+    if "time_embed.0.weight" in state:
+        return "guided-diffusion's"
+    if any(str(name).startswith("model.diffusion_model.") for name in state):
+        return "latent diffusion's"
+    return None
+
+
+_DDPM = (  # a pattern, and what diffusers calls it
+    (r"^temb\.dense\.(\d)\.", lambda x, _: f"time_embedding.linear_{int(x[1]) + 1}."),
+    (r"^mid\.block_(\d)\.", lambda x, _: f"mid_block.resnets.{int(x[1]) - 1}."),
+    (r"^mid\.attn_1\.", "mid_block.attentions.0."),
+    (r"^down\.(\d+)\.block\.", r"down_blocks.\1.resnets."),
+    (r"^down\.(\d+)\.attn\.", r"down_blocks.\1.attentions."),
+    (r"^down\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0."),
+    (r"^up\.(\d+)\.block\.", lambda x, n: f"up_blocks.{n - 1 - int(x[1])}.resnets."),
+    (r"^up\.(\d+)\.attn\.", lambda x, n: f"up_blocks.{n - 1 - int(x[1])}.attentions."),
+    (r"^up\.(\d+)\.upsample\.", lambda x, n: f"up_blocks.{n - 1 - int(x[1])}.upsamplers.0."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+    (r"\.temb_proj\.", ".time_emb_proj."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"^norm_out\.", "conv_norm_out."),
+)
+
+
+def from_ddpm(state):
+    """A DDPM's state dict -> the config of a UNet, and its state dict.
+
+    The size of its pictures is not in the file: it is taken to be the one at which its first level
+    with attention has 16 pixels, as in the published models.
+    """
+    levels = [re.match(r"down\.(\d)\.block\.(\d)\.conv1\.weight", name) for name in state]
+    places = {(int(x[1]), int(x[2])) for x in levels if x}
+    n = 1 + max((level for level, _ in places), default=-1)
+    firsts = [f"down.{i}.block.0.conv1.weight" for i in range(n)]
+    if not n or not all(name in state for name in ("conv_in.weight", "conv_out.weight", *firsts)):
+        raise CheckpointError("not a DDPM's state dict, it lacks levels; wanted: all its tensors")
+    attention = [f"down.{i}.attn.0.norm.weight" in state for i in range(n)]
+    if "mid.attn_1.q.weight" not in state:
+        raise CheckpointError("a DDPM without attention in the middle; wanted: one that has it")
+    config = config_of(
+        16 * 2 ** attention.index(True) if any(attention) else 256,
+        [len(state[name]) for name in firsts],
+        attention,
+        layers_per_block=sum(level == 0 for level, _ in places),
+        in_channels=state["conv_in.weight"].shape[1],
+        out_channels=len(state["conv_out.weight"]),
+        attention_head_dim=None,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, other in _DDPM:
+            other = (lambda x, f=other: f(x, n)) if callable(other) else other
+            name = re.sub(pattern, other, name)
+        if re.search(r"attentions\.\d+\.to_.*weight$", name) and tensor.ndim == 4:
+            tensor = tensor[:, :, 0, 0]  # 1 x 1 convolutions there, linear layers here
+        renamed[name] = tensor
+    return config, renamed
