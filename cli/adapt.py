@@ -13,16 +13,25 @@ import miniature
 from checkpoints import load_generator
 from checkpoints.clip import read_clip
 from checkpoints.download import split_url
-from cli import pictures, processes
+from cli import diffusion, pictures, processes
 from cli.keeper import Keeper
 from cli.run_folder import FILES, find_generator, folder_of, save_run
-from cli.settings import check, check_layers, check_shares
+from cli.settings import EMBEDDED, check, check_layers, check_shares
+from diffusion import DiffusionGenerator
+from miniature.inverted import InvertedTruth
 from miniature.judge import load_judge
 from miniature.truth import Truth, true_pairs
 
 
+def of_miniature(settings):
+    """Whether the generator is one of the embedded world."""
+    return settings.generator in (None, EMBEDDED)
+
+
 def load_source(settings, device):
-    """The source generator of a run."""
+    """The source generator of a run; a diffusion model has no pictures yet."""
+    if diffusion.asked_for(settings):
+        return diffusion.load(settings, device)
     return load_generator(settings.generator or miniature.GENERATOR, device, settings.class_index)
 
 
@@ -30,7 +39,7 @@ def load_clips(settings, device):
     """The CLIPs of a run and their transforms, if they can read its texts."""
     names, released = settings.clip, ipl.openai_clip().available_models()
     if not names:
-        names = ["ViT-B/32" if settings.generator else str(miniature.CLIP)]
+        names = [str(miniature.CLIP) if of_miniature(settings) else "ViT-B/32"]
     clips = []
     for name in names:
         if name not in released and not split_url(name) and not os.path.exists(name):
@@ -46,28 +55,30 @@ def load_clips(settings, device):
 
 
 def prepare(settings):
-    """What can refuse a run, before it writes: -> its Keeper, its generator, its CLIPs."""
+    """What can refuse a run, before it writes: -> its Keeper, its generator, its CLIPs, and
+    for a diffusion model its pictures, else None."""
     check(settings)
-    if not settings.generator and not settings.clip:
+    if of_miniature(settings) and not settings.clip:
         miniature.check_labels(settings.source, settings.target)
     processes.choose_kernels(settings.deterministic, settings.tf32)
     device = processes.pick_device(settings.device)
     check_shares(settings, ipl.ranks()[1])
     keeper = Keeper(folder_of(settings), settings, device)
     if keeper.finished:
-        return keeper, None, None
+        return keeper, None, None, None
     with processes.one_at_a_time():
         generator, clips = load_source(settings, device), load_clips(settings, device)
     check_layers(settings, generator)
     processes.warn_of_emulation(settings, device)
-    return keeper, generator, clips
+    images = diffusion.pictures_of(settings, generator)
+    return keeper, generator, clips, images
 
 
 def adapt(settings):
     """Results that are in the folder stay until the new ones are written."""
     if settings.keep_memory:
         processes.keep_memory()
-    keeper, generator, clips = prepare(settings)
+    keeper, generator, clips, images = prepare(settings)
     if keeper.finished:
         if ipl.ranks()[0] == 0:
             print(f"{keeper.folder} is a finished run: nothing is left to do")
@@ -75,12 +86,17 @@ def adapt(settings):
     with processes.memory_advice(keeper.where_memory_ends), keeper:
         if ipl.ranks()[0] == 0:
             print(f"{keeper.folder}: {of_stages(settings)}", file=sys.stderr, flush=True)
-        rng = torch.Generator().manual_seed(settings.seed)
-        adapted, mappers, history = ipl.adapt(settings, generator, clips, rng=rng, steps=keeper)
+        rng, more = torch.Generator().manual_seed(settings.seed), {}
+        if images is not None:
+            diffusion.fill(generator, images, settings, keeper)
+            more = diffusion.arguments(settings, generator, images, rng)
+        adapted, mappers, history = ipl.adapt(
+            settings, generator, clips, rng=rng, steps=keeper, **more
+        )
         if ipl.ranks()[0] > 0:
             return
         floor = floor_of_truth(settings, generator, clips, mappers)
-        grid = sample(settings, generator, adapted)
+        grid = sample(settings, generator, adapted, images)
         drawn = pictures.of_run({
             "curves.png": lambda: pictures.curves(history, floor),
             "samples.png": lambda: label(settings, generator, grid),
@@ -100,8 +116,10 @@ def of_stages(settings):
     return f"stage 1, {first}{each}; stage 2, {second}"
 
 
-def sample(settings, source, adapted):
-    """Source over adapted, of the same latents: uint8 [H, W, 3]."""
+def sample(settings, source, adapted, images=None):
+    """Source over adapted, of the same latents: uint8 [H, W, 3]. images: of a diffusion model."""
+    if images is not None:
+        return diffusion.grid(settings, source, adapted, images)
     n, seed, psi = settings.samples, settings.seed, settings.truncation_psi
     return ipl.sample_grid(source, adapted, n=n, seed=seed, truncation_psi=psi)
 
@@ -110,8 +128,9 @@ def label(settings, source, grid):
     """What `sample` gives, with labels: the bytes of a .png file."""
     seed = settings.seed
     steps = f"{settings.steps_mapper} + " * (settings.method == "ipl") + f"{settings.steps} steps"
-    words = settings.source.strip(), settings.target.strip()
-    return pictures.png(pictures.labelled(grid, source.resolution, *words, f"seed {seed}, {steps}"))
+    words = settings.source.strip(), settings.target.strip(), f"seed {seed}, {steps}"
+    between = ("inverted and back",) * isinstance(source, DiffusionGenerator)
+    return pictures.png(pictures.labelled(grid, source.resolution, *words, between))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -120,7 +139,7 @@ def label(settings, source, grid):
 
 def has_truth(settings):
     labels = {settings.source.strip(), settings.target.strip()}
-    return not settings.generator and labels <= set(miniature.LABELS)
+    return of_miniature(settings) and not settings.images and labels <= set(miniature.LABELS)
 
 
 @torch.no_grad()
@@ -128,7 +147,11 @@ def floor_of_truth(settings, generator, clips, mappers):
     """Stage 2's loss of the true pairs, or None where there are none."""
     if not has_truth(settings):
         return None
-    pairs = true_pairs(settings.source, settings.target, n=32)
+    pairs = (
+        diffusion.true_pairs(settings, generator)
+        if settings.generator
+        else true_pairs(settings.source, settings.target, n=32)
+    )
     z, *images = (x.to(generator.w_avg.device) for x in pairs)
     w, floor, weights = generator.mapping(z), 0, settings.clip_weights or [1.0] * len(clips)
     for i, (clip_model, transform) in enumerate(clips):
@@ -145,7 +168,8 @@ def floor_of_truth(settings, generator, clips, mappers):
 def judged(settings, generator, adapted, n=64):
     """What the judge sees in n pictures of latents that no training uses, in words."""
     target = settings.target.strip()
-    truth = Truth(n, 70_000, load_judge(), generator.cpu(), settings.source.strip())
+    kind, n = (InvertedTruth, n // 2) if settings.generator else (Truth, n)
+    truth = kind(n, 70_000, load_judge(), generator.cpu(), settings.source.strip())
     found = truth.figures(truth.pictures(adapted.cpu()), target)
     best = truth.figures(truth.draw(target), target)
     names = {"target": target, "attributes": "attributes kept", "identity": "same person"}

@@ -20,7 +20,7 @@ import miniature
 from checkpoints.files import write_atomically
 from cli.processes import any_rank, deferred_signals, in_words, rank
 from cli.run_folder import CHECKPOINT, FILES, find_generator, full_paths, make_folder, read_config
-from cli.settings import flag
+from cli.settings import EMBEDDED, flag
 
 OF_A_CALL = "out overwrite resume save_every device keep_memory".split()  # not of the result
 
@@ -205,7 +205,7 @@ class Keeper:
     def where_memory_ends(self):
         """The stage that is under way, and what takes memory there, in words."""
         size = {1: "batch_mapper", 2: "batch"}.get(self.stage, "samples")
-        where = f"in stage {self.stage}" if self.stage else "outside the stages"
+        where = "outside the stages" if self.stage is None else f"in stage {self.stage}"
         return f"{where}; wanted: less than {flag(size)} {getattr(self.cfg, size)}"
 
     def finish(self):
@@ -245,13 +245,18 @@ def read_checkpoint(path):
 def of_the_result(settings):
     """What a run's result depends on: settings by their names, and its files' content."""
     settings = full_paths(settings)
-    files = [x for x in (settings.generator, *settings.clip) if x and Path(x).is_file()]
-    if settings.generator is None:
-        files += [miniature.GENERATOR, miniature.CLIP]
+    named = settings.generator, settings.images, *settings.clip
+    files = [x for x in named if x and x != EMBEDDED and Path(x).exists()]
+    if settings.generator in (None, EMBEDDED):
+        files += [miniature.DDPM if settings.generator else miniature.GENERATOR, miniature.CLIP]
     found = {name: x for name, x in asdict(settings).items() if name not in OF_A_CALL}
     return found | {f"SHA-256 of {name}": sha256(name) for name in files}
 
 
 def sha256(path):
+    """Of a file; of a folder, of what is in it, which may be in a folder of its own."""
+    if Path(path).is_dir():
+        inside = sorted(x for x in Path(path).rglob("*") if x.is_file())
+        return hashlib.sha256("".join(map(sha256, inside)).encode()).hexdigest()[:16]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

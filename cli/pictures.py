@@ -44,22 +44,23 @@ def png(picture):
 # Samples
 
 
-def labelled(grid, resolution, source, target, note):
+def labelled(grid, resolution, source, target, note, between=()):
     """A grid of ipl.sample_grid with words: uint8 [H, W, 3] -> uint8, on white.
 
-    Left of each row its word, source or target; a gap between pairs of rows; below, the note.
+    Left of each row its word: source, target, or those of rows between; a gap after each target;
+    below, the note.
     """
     zoom = max(1, SIDE // resolution)
     grid = grid.repeat_interleave(zoom, dim=0).repeat_interleave(zoom, dim=1)
     side, font = zoom * resolution, max(16, zoom * resolution // 8)
-    words = [write(textwrap.fill(x, 14, max_lines=5), font) for x in (source, target)]
+    words = [write(textwrap.fill(x, 14, max_lines=5), font) for x in (source, *between, target)]
     note, gap, margin = write(note, font), font // 2, max(x.shape[1] for x in words) + font
-    pairs = grid.split(2 * side)
-    height = len(pairs) * (2 * side + gap) + note.shape[0] + gap
+    pairs = grid.split(len(words) * side)
+    height = len(pairs) * (len(words) * side + gap) + note.shape[0] + gap
     width = max(margin + grid.shape[1], note.shape[1] + 2 * gap)
     page = torch.full((height, width, 3), 255, dtype=torch.uint8)
     for i, pair in enumerate(pairs):
-        top = i * (2 * side + gap)
+        top = i * (len(words) * side + gap)
         paste(page, pair, top, margin)
         for row, word in enumerate(words):
             middle = top + row * side + (side - word.shape[0]) // 2

@@ -4,7 +4,7 @@ checkpoint.pt        while the run is unfinished: what it needs to go on, of bot
 config.json          the Settings, with absolute paths
 mapper.safetensors   the mapper; with several CLIPs all of them, under 0., 1., ...
 generator.pt         the adapted generator, in rosinality's layout; generator.safetensors if it
-                     does not fit (classes, another architecture)
+                     does not fit (classes, another architecture, a diffusion model)
 history.jsonl        a line for each step
 curves.png           the numbers of the history
 samples.png          source above, target below, from the same latents
@@ -19,9 +19,11 @@ from pathlib import Path
 import safetensors.torch
 from torch import nn
 
+from checkpoints.diffusion import save_unet
 from checkpoints.files import write_atomically
 from checkpoints.stylegan2 import misfit_of, save_generator
-from cli.settings import Settings, check
+from cli.settings import EMBEDDED, Settings, check
+from diffusion import DiffusionGenerator
 
 CHECKPOINT = "checkpoint.pt"
 GENERATORS = ("generator.pt", "generator.safetensors")
@@ -78,11 +80,14 @@ def find_generator(folder):
 def full_paths(settings):
     """The paths of files that are there in full; other names, and URLs, as they are."""
 
-    def full(name):
-        return str(Path(name).resolve()) if name and Path(name).is_file() else name
+    def full(name, there=Path.is_file):
+        return str(Path(name).resolve()) if name and there(Path(name)) else name
 
+    images, generator = full(settings.images, Path.is_dir), settings.generator
+    if generator != EMBEDDED:
+        generator = full(generator, Path.exists)
     clips = tuple(full(name) for name in settings.clip)
-    return replace(settings, generator=full(settings.generator), clip=clips)
+    return replace(settings, generator=generator, images=images, clip=clips)
 
 
 def read_config(folder):
@@ -115,8 +120,12 @@ def save_run(folder, settings, mappers, generator, history, pictures):
         state = (mappers[0] if len(mappers) == 1 else nn.ModuleList(mappers)).state_dict()
         contents = {"mapper.safetensors": safetensors.torch.save(state)} | contents
     fits, other = GENERATORS
-    named = other if misfit_of(generator.config) else fits
-    save_generator(generator, folder / named)
+    if isinstance(generator, DiffusionGenerator):
+        named = other
+        save_unet(generator.unet.config, generator.unet.state_dict(), folder / named)
+    else:
+        named = other if misfit_of(generator.config) else fits
+        save_generator(generator, folder / named)
     for name, data in contents.items():
         write_atomically(folder / name, lambda aside, data=data: aside.write_bytes(data))
     for name in {*FILES} - {*contents, named, CHECKPOINT}:  # of the run that was here before

@@ -5,20 +5,24 @@ import math
 import os
 import re
 import typing
-from dataclasses import asdict, dataclass, field, make_dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from typing import Annotated, Literal
 
 import tyro
 
 import ipl
+from checkpoints.diffusion import is_diffusion
 from checkpoints.download import split_url
 from checkpoints.stylegan2 import WANTED
 from miniature import LABELS
 
+EMBEDDED = "miniature-ddpm"  # the --generator that is the embedded diffusion model
+
 
 @dataclass(frozen=True)
 class Settings(ipl.Config):
-    generator: str | None = None  # StyleGAN2 file or URL. None: the miniature and its defaults.
+    # A StyleGAN2, file or URL; a diffusion model, folder or file; miniature-ddpm. None: miniature.
+    generator: str | None = None
     class_index: int | None = None  # The class that a conditional generator draws.
     clip: tuple[str, ...] = ()  # CLIPs: OpenAI's names, or files; else the miniature's or ViT-B/32.
 
@@ -29,6 +33,15 @@ class Settings(ipl.Config):
     seed: int = 0  # Of everything random; latents, crops and samples are those of any device.
     samples: int = 8  # How many are drawn at the end.
     truncation_psi: float = 0.7  # Truncation of the samples.
+
+    images: str | None = None  # Folder of pictures, of which `bank` are inverted.
+    side: int | None = None  # Pixels of a side, where the checkpoint of a DDPM is for others.
+    t0: int = 500  # How noisy the latents are, 1 to 999; more: severer change, less identity.
+    inversion_steps: int = 40  # Times on the way from a picture to its latent.
+    synthesis_steps: int = 6  # Times on the way back, in training.
+    picture_steps: int = 40  # The same, in samples.png.
+    source_images: Literal["photo", "own"] = "own"  # Pictures, or what the source makes of them.
+    lambda_l1: float = 0.0  # Stage 2: weight of the mean distance to the source picture.
 
     device: str = "auto"  # auto, cpu, cuda or cuda:<n>.
     deterministic: bool = False  # On a GPU, only kernels that repeat their bits, where there are.
@@ -43,13 +56,28 @@ MINIATURE = Settings(
     layers="all", freeze="noise", truncation_psi=1.0,
 )  # fmt: skip
 
+# The embedded diffusion model, of 64 pixels; its bank is 64 rendered photos.
+MINIATURE_DDPM = replace(
+    MINIATURE, generator=EMBEDDED, bank=64, batch_mapper=32, lr=5e-5, betas=(0.9, 0.99), lazy=False,
+    steps=100, ema=0.95, crop=0.15, lambda_l1=0.3, freeze="",
+)  # fmt: skip
+
+# DiffusionCLIP's example of human faces, with --method nada: five passes over 50 pictures.
+DIFFUSIONCLIP = Settings(
+    clip=("ViT-B/16",), clip_weights=(3.0,), bank=50, batch=1, steps=250, lr=8e-6, lazy=False,
+    betas=(0.9, 0.999), growth=(1.3, 50), log_loss=True, lambda_l1=1.0, source_images="photo",
+    ema=0.0, layers="all", truncation_psi=1.0,
+)  # fmt: skip
+
 GROUPS = {  # of --help
     "what": "source target method generator class_index clip clip_weights",
     "where": "out overwrite resume save_every seed samples truncation_psi",
     "stage_1": "n_ctx ctx_init residual lr_mapper batch_mapper steps_mapper bank lambda_domain "
     "lambda_source",
-    "stage_2": "lr batch steps ema eps noise crop freeze",
+    "stage_2": "lr batch steps ema eps noise crop freeze lazy betas growth log_loss",
     "layer_choice": "layers num_layers layer_batch layer_lr layer_every",
+    "diffusion_models": "images side t0 inversion_steps synthesis_steps picture_steps "
+    "source_images lambda_l1",
     "speed": "device autocast half compile tf32 deterministic keep_memory",
 }
 
@@ -57,6 +85,7 @@ ABOUT = f"""Adapt a generator to a new domain, from words alone: image-specific 
 
   python ipl.py --source photo --target anime
   python ipl.py --generator ffhq.pkl --clip ViT-B/32 --source photo --target Disney
+  python ipl.py --generator ddpm-folder --images my-pictures --source photo --target anime
   python ipl.py sample | convert | inspect --help
 
 Without --generator it is the embedded miniature world, which knows
@@ -76,6 +105,17 @@ def expand(path):
 # The command line
 
 
+def preset_of(argv):
+    """What a run with the --generator of a command line starts from."""
+    names = [b if a == "--generator" else a.partition("=")[2] for a, b in zip(argv, [*argv[1:], ""],
+             strict=True) if a.split("=")[0] == "--generator"]  # fmt: skip
+    if not names:
+        return MINIATURE
+    if names[-1] == EMBEDDED:
+        return MINIATURE_DDPM
+    return DIFFUSIONCLIP if is_diffusion(expand(names[-1])) else Settings()
+
+
 def help_texts():
     """{name of a field: its comment, behind it or in the line above}."""
     source = inspect.getsource(ipl.Config) + inspect.getsource(Settings)
@@ -87,9 +127,9 @@ def parse(argv, describe=True):
     """A command line -> a Settings for each --target. tyro prints what is wrong with it, or the
     help, and exits; describe: whether it is this process that prints.
 
-    Without --generator, what is not given is as in MINIATURE.
+    What is not given is as in the preset of the generator.
     """
-    default = Settings() if any(word.startswith("--generator") for word in argv) else MINIATURE
+    default = preset_of(argv)
     kinds, texts = typing.get_type_hints(Settings), help_texts()
     kinds["target"], texts["target"] = (
         tyro.conf.UseAppendAction[tuple[str, ...]],
@@ -131,14 +171,34 @@ def check(settings, **names):
         (counts, lambda x: 1 <= x < 2**31, "at least 1, and below 2^31"),
         ("batch_mapper", lambda x: 2 <= x < 2**31, "at least 2 (to tell prompts apart)"),
         ("lr_mapper lr layer_lr", lambda x: 0 < x <= 1e30, "above 0, and at most 1e30"),
-        ("lambda_domain lambda_source eps", lambda x: 0 <= x <= 1e30, "from 0 to 1e30"),
+        ("lambda_domain lambda_source lambda_l1 eps", lambda x: 0 <= x <= 1e30, "from 0 to 1e30"),
         ("class_index", lambda x: x >= 0, "0 or more"),
-        ("bank", lambda x: x == 0 or settings.batch_mapper <= x < 2**31,
-         f"0, or at least {flag('batch_mapper')} {settings.batch_mapper}"),
+        (
+            "bank",
+            lambda x: x == 0 or settings.batch_mapper <= x < 2**31,
+            f"0, or at least {flag('batch_mapper')} {settings.batch_mapper}",
+        ),
         ("seed", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
         ("ema crop", lambda x: 0 <= x < 1, "0 or more, and below 1"),
         ("truncation_psi", lambda x: abs(x) <= 1000, "between -1000 and 1000"),
         ("samples", lambda x: x <= 10_000, "at most 10000"),
+        ("t0", lambda x: 1 <= x <= 999, "from 1 to 999"),
+        (
+            "inversion_steps synthesis_steps picture_steps",
+            lambda x: 2 <= x <= settings.t0 + 1,
+            "from 2 to t0 + 1",
+        ),
+        ("side", lambda x: 8 <= x <= 1024, "from 8 to 1024"),
+        (
+            "betas",
+            lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x),
+            "two numbers, 0 or more, and below 1",
+        ),
+        (
+            "growth",
+            lambda x: len(x) == 2 and 0 < x[0] <= 10 and type(x[1]) is int and x[1] > 0,
+            "a factor above 0, at most 10, and a number of steps",
+        ),
     ):
         for name in of.split():
             value = getattr(settings, name)
@@ -157,7 +217,8 @@ def check(settings, **names):
          f"--source and --target are both {target!r}; wanted: two domains"),
         (settings.out is not None and not settings.out.strip(),
          "--out is empty; wanted: a folder, or no --out"),
-        (generator is not None and not split_url(generator) and not os.path.exists(generator),
+        (generator not in (None, EMBEDDED)
+         and not split_url(generator) and not os.path.exists(generator),
          f"--generator {generator!r}: no such file; wanted: {WANTED}"),
         (settings.resume and settings.overwrite,
          "--resume goes on with a run and --overwrite begins anew; wanted: one"),

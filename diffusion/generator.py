@@ -63,19 +63,18 @@ class DiffusionGenerator(nn.Module):
             x, _ = step(x, self.unet.decode(bottleneck, *rest), t, t_next, self.alphas)
         return torch.stack(codes[-2:]).mean(0)
 
-    def fill(self, w, like=None):
-        """Makes w [N, w_dim], of `invert`, the bank; its codes are standardised -> self.
-
-        like: a generator of the same kind, with whose bank's mean and deviation; else with its own.
-        """
+    def fill(self, w):
+        """Makes w [N, w_dim], of `invert`, the bank; its codes are standardised -> self."""
         codes = w[:, -self.code_dim :]
-        if like is None:
-            deviation = codes.std(0, correction=0).clamp(min=1e-6)
-            self.scale = torch.stack([codes.mean(0), deviation])
-        else:
-            self.scale = like.scale
-        self.bank = torch.cat([w[:, : -self.code_dim], (codes - self.scale[0]) / self.scale[1]], 1)
+        deviation = codes.std(0, correction=0).clamp(min=1e-6)
+        self.scale = torch.stack([codes.mean(0), deviation])
+        self.bank = self.standard(w)
         return self
+
+    def standard(self, w):
+        """w [B, w_dim], of `invert`, with codes of which the bank's have mean 0 and deviation 1."""
+        codes = (w[:, -self.code_dim :] - self.scale[0]) / self.scale[1]
+        return torch.cat([w[:, : -self.code_dim], codes], dim=1)
 
     def choose(self, n, rng):
         """z [n, N] of n rows, no row twice before all have had their turn. rng: torch.Generator."""

@@ -10,8 +10,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 CLIP = WEIGHTS / "clip.pt"
 GENERATOR = WEIGHTS / "photo.pt"
 JUDGE = WEIGHTS / "judge.pt"
+DDPM = WEIGHTS / "ddpm"
 
-__all__ = ["CLIP", "GENERATOR", "JUDGE", "LABELS", "WEIGHTS", "check_labels", "true_pairs"]
+__all__ = ["CLIP", "DDPM", "GENERATOR", "JUDGE", "LABELS", "WEIGHTS", "check_labels", "true_pairs"]
 
 
 def check_labels(*labels):
