@@ -3,6 +3,7 @@
   diffusers    a folder: config.json, diffusion_pytorch_model.safetensors, scheduler_config.json, or
                these in the folders unet/ and scheduler/ of a pipeline
   DDPM's       .ckpt, .pt, .pth: the state dict of ermongroup/ddim, SDEdit and DiffusionCLIP
+  guided       .pt: that of guided-diffusion and improved-diffusion
   safetensors  ours: the state dict, with both configs as metadata
 
 The content says which it is. No code in it is ever run, and nothing that it only claims takes time
@@ -201,14 +202,11 @@ def _check_schedule(schedule):
 _FIXED = {  # what a UNet cannot do otherwise; a config may leave it out
     "act_fn": "silu",
     "time_embedding_type": "positional",
-    "resnet_time_scale_shift": "default",
     "center_input_sample": False,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2D",
     "add_attention": True,
     "attn_norm_num_groups": None,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
 }
 
 
@@ -250,10 +248,17 @@ def empty_unet(config):
         refuse(f"its attention_head_dim is {head!r:.40}", "a number of channels, or null")
     if type(eps) is not float or not 0 < eps < 1:
         refuse(f"its norm_eps is {eps!r:.40}", "a small number")
+    for name, allowed in (
+        ("resnet_time_scale_shift", ("default", "scale_shift")),
+        ("downsample_type", ("conv", "resnet")),
+        ("upsample_type", ("conv", "resnet")),
+    ):
+        if known[name] not in allowed:
+            refuse(f"its network's {name} is {known[name]!r:.40}", " or ".join(allowed))
     attention = []
-    for way in ("down", "up"):
+    for way, resnet in (("down", "ResnetDownsampleBlock2D"), ("up", "ResnetUpsampleBlock2D")):
         kinds = config.get(f"{way}_block_types")
-        plain = [f"{way.title()}Block2D", f"Attn{way.title()}Block2D"]
+        plain = [f"{way.title()}Block2D", f"Attn{way.title()}Block2D", resnet]
         if not isinstance(kinds, list | tuple) or len(kinds) != len(widths):
             refuse(f"its config.json has no {way}_block_types for each width", " or ".join(plain))
         if unknown := [kind for kind in kinds if kind not in plain]:
@@ -263,9 +268,9 @@ def empty_unet(config):
         refuse("its network attends at other sizes on the way up than down", "the same")
     if numbers["sample_size"] % 2 ** (len(widths) - 1):
         refuse(f"its sample_size is {numbers['sample_size']}", f"one to halve {len(widths)} times")
-    others = {k: known[k] for k in CONFIG}
+    names = ("sample_size", "block_out_channels", "down_block_types", "up_block_types")
     with torch.device("meta"):
-        return UNet(config_of(numbers["sample_size"], widths, attention[0], **others))
+        return UNet({"_class_name": kind, **{name: config[name] for name in names}, **known})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -286,11 +291,11 @@ def _parse(data, notes):
     if kind is None:
         what = f"it has {some([*stored])}" if stored else "no dict of tensors"
         raise CheckpointError(f"not a diffusion model, {what}; wanted: {WANTED}")
-    if kind != "DDPM's":
-        raise CheckpointError(f"{kind} layout is not supported; wanted: {WANTED}")
+    if kind == "latent diffusion's":
+        raise CheckpointError("a model of latents, as of Stable Diffusion; wanted: one of pixels")
     read = tensor_reader(4 * len(data))
     state = {name: read(name, tensor) for name, tensor in stored.items()}
-    config, state = from_ddpm(state)
+    config, state = from_ddpm(state) if kind == "DDPM's" else from_guided(state)
     return _checked(kind, config, SCHEDULE, state, [])
 
 
@@ -369,3 +374,119 @@ def from_ddpm(state):
             tensor = tensor[:, :, 0, 0]  # 1 x 1 convolutions there, linear layers here
         renamed[name] = tensor
     return config, renamed
+
+
+def from_guided(state, head=64):
+    """guided-diffusion's state dict -> the config of a UNet, and its state dict.
+
+    Neither the size of its pictures nor that of a head of its attention is in the file: the first
+    is taken to be the one of which the smallest level has 8 pixels, the second is 64, as in the
+    published models; and rows of qkv are in their order, head by head.
+    """
+    if "label_emb.weight" in state:
+        raise CheckpointError("a class-conditional model; wanted: one without classes")
+    wanted = ("input_blocks.0.0.weight", "middle_block.1.qkv.weight", "out.2.weight")
+    if missing := [name for name in wanted if name not in state]:
+        raise CheckpointError(f"not a guided-diffusion model, it lacks {some(missing)}")
+    _, n_in = _blocks(state, "input_blocks")
+    outs, n_out = _blocks(state, "output_blocks")
+
+    # input blocks: conv_in, then for each level its residual blocks and, but for the last, one that
+    # halves the size; output blocks: for each level as many and one more, the last one doubles it
+    doubling = [i for i in range(n_out) if _resizes(outs, i)]
+    layers = (doubling[0] + 1 if doubling else n_out) - 1
+    levels = len(doubling) + 1
+    if n_out != levels * (layers + 1) or n_in != levels * (layers + 1):
+        raise CheckpointError("not a guided-diffusion model, its levels differ in their blocks")
+    residual = (
+        bool(doubling) and "conv.weight" not in outs[doubling[0], _resizes(outs, doubling[0])]
+    )
+    names = {"input_blocks.0.0.": "conv_in.", "out.0.": "conv_norm_out.", "out.2.": "conv_out."}
+    names |= {
+        "time_embed.0.": "time_embedding.linear_1.",
+        "time_embed.2.": "time_embedding.linear_2.",
+    }
+    names |= {"middle_block.0.": "mid_block.resnets.0.", "middle_block.2.": "mid_block.resnets.1."}
+    names["middle_block.1."] = "mid_block.attentions.0."
+    for level in range(levels):
+        for j in range(layers + 1):
+            i, o = 1 + level * (layers + 1) + j, level * (layers + 1) + j
+            down, up = f"down_blocks.{level}.", f"up_blocks.{level}."
+            if j < layers:
+                names[f"input_blocks.{i}.0."] = f"{down}resnets.{j}."
+                names[f"input_blocks.{i}.1."] = f"{down}attentions.{j}."
+            else:
+                names[f"input_blocks.{i}.0."] = f"{down}downsamplers.0."
+            names[f"output_blocks.{o}.0."] = f"{up}resnets.{j}."
+            names[f"output_blocks.{o}.1."] = f"{up}attentions.{j}."
+            if resize := _resizes(outs, o):
+                names[f"output_blocks.{o}.{resize}."] = f"{up}upsamplers.0."
+    renamed = {}
+    for name, tensor in state.items():
+        start = next((x for x in names if name.startswith(x)), None)
+        if start is None:
+            raise CheckpointError(f"not a guided-diffusion model, it has {name!r:.80}")
+        renamed |= _guided_names(names[start], name.removeprefix(start), tensor, head)
+    firsts = [f"down_blocks.{i}.resnets.0.conv1.weight" for i in range(levels)]
+    if missing := [name for name in firsts if name not in renamed]:
+        raise CheckpointError(f"not a guided-diffusion model, it lacks {some(missing)}")
+    first = state["input_blocks.1.0.emb_layers.1.weight"]
+    scales = len(first) == 2 * len(renamed[firsts[0]])
+    config = config_of(
+        8 * 2 ** (levels - 1),
+        [len(renamed[name]) for name in firsts],
+        [f"down_blocks.{i}.attentions.0.to_q.weight" in renamed for i in range(levels)],
+        residual,
+        layers_per_block=layers,
+        in_channels=state["input_blocks.0.0.weight"].shape[1],
+        out_channels=len(state["out.2.weight"]),
+        attention_head_dim=head,
+        resnet_time_scale_shift="scale_shift" if scales else "default",
+    )
+    return config, renamed
+
+
+def _blocks(state, kind):
+    """{(block, part): names of its tensors}, and how many blocks there are."""
+    found = {}
+    for name in state:
+        if match := re.match(rf"{kind}\.(\d{{1,3}})\.(\d)\.(.*)", name):
+            found.setdefault((int(match[1]), int(match[2])), set()).add(match[3])
+    return found, 1 + max((i for i, _ in found), default=-1)
+
+
+def _resizes(outs, i):
+    """Which part of an output block doubles the size; 0 if none."""
+    kinds = ("conv.weight", "in_layers.2.weight")
+    return next((j for j in (1, 2) if any(x in outs.get((i, j), ()) for x in kinds)), 0)
+
+
+_GUIDED = {
+    "in_layers.0.": "norm1.",
+    "in_layers.2.": "conv1.",
+    "emb_layers.1.": "time_emb_proj.",
+    "out_layers.0.": "norm2.",
+    "out_layers.3.": "conv2.",
+    "skip_connection.": "conv_shortcut.",
+    "norm.": "group_norm.",
+    "op.": "conv.",
+}
+
+
+def _guided_names(start, rest, tensor, head):
+    """A tensor of guided-diffusion, under diffusers' names; of qkv, three of them."""
+    if rest.startswith(("qkv.", "proj_out.")) and tensor.ndim == 3:
+        tensor = tensor[:, :, 0]
+    if rest.startswith("proj_out."):
+        return {f"{start}to_out.0.{rest.removeprefix('proj_out.')}": tensor}
+    if rest.startswith("qkv."):
+        if len(tensor) % (3 * head):
+            raise CheckpointError(f"{len(tensor) // 3} channels of attention in heads of {head}")
+        parts = tensor.unflatten(0, (-1, 3, head)).unbind(1)
+        kind = rest.removeprefix("qkv.")
+        pairs = zip("qkv", parts, strict=True)
+        return {f"{start}to_{x}.{kind}": part.flatten(0, 1).clone() for x, part in pairs}
+    for old, new in _GUIDED.items():
+        if rest.startswith(old):
+            return {f"{start}{new}{rest.removeprefix(old)}": tensor}
+    return {f"{start}{rest}": tensor}

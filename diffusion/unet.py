@@ -2,8 +2,8 @@
 
 Parameters bear the names of diffusers' UNet2DModel, and `config` is what its config.json holds, so
 that a folder of either program opens in the other. What it knows: residual blocks with SiLU and
-GroupNorm, attention where the blocks are called Attn..., down by a convolution of stride 2, up by
-doubling pixels and a convolution.
+GroupNorm, attention where the blocks are called Attn..., and two ways to change the size: a
+convolution, or as in "Diffusion Models Beat GANs" (arXiv 2105.05233) a residual block.
 """
 
 import math
@@ -22,14 +22,22 @@ CONFIG = {  # what a config.json may leave out, with diffusers' values
     "downsample_padding": 1,  # 0: one row and column at the right and the bottom alone
     "flip_sin_to_cos": True,
     "freq_shift": 0,
+    "resnet_time_scale_shift": "default",  # scale_shift: time also scales, behind the second norm
+    "downsample_type": "conv",  # of Attn... blocks; resnet: a residual block, as Resnet... ones do
+    "upsample_type": "conv",
 }
 
 
-def config_of(sample_size, block_out_channels, attention=(), **others):
-    """The config of a UNet. attention: of each level, whether it has attention; else none has."""
+def config_of(sample_size, block_out_channels, attention=(), residual=False, **others):
+    """The config of a UNet. attention: of each level, whether it has attention; else none has.
+    residual: whether residual blocks change the size."""
     attention = attention or [False] * len(block_out_channels)
-    down = ["AttnDownBlock2D" if has else "DownBlock2D" for has in attention]
-    up = ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)]
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if residual else (
+        "DownBlock2D", "UpBlock2D")  # fmt: skip
+    down = ["AttnDownBlock2D" if has else plain[0] for has in attention]
+    up = ["AttnUpBlock2D" if has else plain[1] for has in reversed(attention)]
+    if residual:
+        others |= {"downsample_type": "resnet", "upsample_type": "resnet"}
     return {
         "_class_name": "UNet2DModel",
         "sample_size": sample_size,
@@ -64,21 +72,33 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x [B, c_in, H, W], and the time's embedding [B, n] -> [B, c_out, H, W]."""
+    """x [B, c_in, H, W], and the time's embedding [B, n] -> [B, c_out, H, W], or of another size.
 
-    def __init__(self, c_in, c_out, n, groups, eps):
+    shift: how the time comes in, resnet_time_scale_shift. resize: "down", to half, by the mean of
+    four pixels; "up", to twice, by doubling them; or None.
+    """
+
+    def __init__(self, c_in, c_out, n, groups, eps, shift, resize=None):
         super().__init__()
+        self.scales, self.resize = shift == "scale_shift", resize
         self.norm1, self.norm2 = (nn.GroupNorm(groups, c, eps) for c in (c_in, c_out))
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(n, c_out)
+        self.time_emb_proj = nn.Linear(n, c_out * (1 + self.scales))
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, time):
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = y + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = F.silu(self.norm1(x))
+        if self.resize:
+            x, y = (F.avg_pool2d(a, 2) if self.resize == "down" else doubled(a) for a in (x, y))
+        y, time = self.conv1(y), self.time_emb_proj(F.silu(time))[:, :, None, None]
+        if self.scales:
+            scale, shift = time.chunk(2, dim=1)
+            y = self.norm2(y) * (1 + scale) + shift
+        else:
+            y = self.norm2(y + time)
+        y = self.conv2(F.silu(y))
         return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -102,6 +122,11 @@ class Attention(nn.Module):
         return x + self.to_out[0](y).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+def doubled(x):
+    """Each pixel of x [B, c, H, W] as 2 x 2."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 class Resample(nn.Module):
     """To half the size, or to twice: a `conv` of c channels."""
 
@@ -109,9 +134,9 @@ class Resample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride, padding)
 
-    def forward(self, x):
+    def forward(self, x, time):
         if self.conv.stride == (1, 1):
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = doubled(x)
         elif self.conv.padding == (0, 0):
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
@@ -124,7 +149,7 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, n, *norm) for c_in in channels)
         if heads:
-            self.attentions = nn.ModuleList(Attention(c, heads, *norm) for _ in channels)
+            self.attentions = nn.ModuleList(Attention(c, heads, *norm[:2]) for _ in channels)
 
     def block(self, i, x, time):
         x = self.resnets[i](x, time)
@@ -136,7 +161,7 @@ class Middle(nn.Module):
 
     def __init__(self, c, n, heads, norm):
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(c, heads, *norm)])
+        self.attentions = nn.ModuleList([Attention(c, heads, *norm[:2])])
         self.resnets = nn.ModuleList(ResnetBlock(c, c, n, *norm) for _ in range(2))
 
     def forward(self, x, time):
@@ -154,11 +179,14 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config = {**CONFIG, **config}
         widths, layers = config["block_out_channels"], config["layers_per_block"]
-        norm = config["norm_num_groups"], config["norm_eps"]
+        norm = config["norm_num_groups"], config["norm_eps"], config["resnet_time_scale_shift"]
         n, head = 4 * widths[0], config["attention_head_dim"]
 
         def heads(c, kind="Attn"):
             return (c // head if head else 1) if kind.startswith("Attn") else 0
+
+        def residual(kind, way):
+            return kind.startswith("Resnet") or "Attn" in kind and config[way] == "resnet"
 
         self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], n)
@@ -168,7 +196,12 @@ class UNet(nn.Module):
             level = Level([before] + [c] * (layers - 1), c, n, heads(c, kind), norm)
             skips += [c] * layers
             if i < len(widths) - 1:
-                level.downsamplers = nn.ModuleList([Resample(c, 2, config["downsample_padding"])])
+                resize = (
+                    ResnetBlock(c, c, n, *norm, "down")
+                    if residual(kind, "downsample_type")
+                    else Resample(c, 2, config["downsample_padding"])
+                )
+                level.downsamplers = nn.ModuleList([resize])
                 skips.append(c)
             self.down_blocks.append(level)
             before = c
@@ -177,7 +210,9 @@ class UNet(nn.Module):
             ins = [(c if j else before) + skips.pop() for j in range(layers + 1)]
             level = Level(ins, c, n, heads(c, kind), norm)
             if i < len(widths) - 1:
-                level.upsamplers = nn.ModuleList([Resample(c, 1)])
+                by_block = residual(kind, "upsample_type")
+                resize = ResnetBlock(c, c, n, *norm, "up") if by_block else Resample(c, 1)
+                level.upsamplers = nn.ModuleList([resize])
             self.up_blocks.append(level)
             before = c
         self.conv_norm_out = nn.GroupNorm(norm[0], before, norm[1])
@@ -195,7 +230,7 @@ class UNet(nn.Module):
                 x = level.block(i, x, time)
                 skips.append(x)
             if hasattr(level, "downsamplers"):
-                x = level.downsamplers[0](x)
+                x = level.downsamplers[0](x, time)
                 skips.append(x)
         return self.mid_block(x, time), skips, time
 
@@ -206,7 +241,7 @@ class UNet(nn.Module):
             for i in range(len(level.resnets)):
                 x = level.block(i, torch.cat([x, skips.pop()], dim=1), time)
             if hasattr(level, "upsamplers"):
-                x = level.upsamplers[0](x)
+                x = level.upsamplers[0](x, time)
         return self.conv_out(F.silu(self.conv_norm_out(x)))[:, : self.config["in_channels"]]
 
     def forward(self, x, t):
