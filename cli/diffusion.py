@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import ipl
 import miniature
 from checkpoints.diffusion import is_diffusion, load_unet
 from cli.settings import EMBEDDED
@@ -78,6 +79,21 @@ def read_picture(path, side):
         raise ValueError(f"{path} {why}; wanted: without it, or whole") from error
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(side, side, 3).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def of_run(settings, path, device):
+    """The source of a finished run, with pictures inverted, the adapted model, and the pictures.
+
+    path: the file of the adapted model.
+    """
+    source = load(settings, device)
+    images = pictures_of(settings, source)
+    unet, _ = load_unet(path, device)
+    if unet.config != source.unet.config:
+        raise ValueError(f"{path} is of another network; wanted: that of the run's generator")
+    adapted = DiffusionGenerator(unet, source.alphas, t0=settings.t0, steps=source.steps).eval()
+    fill(source, images, settings, ipl.progress)
+    return source, adapted, images
 
 
 class Latents(nn.Module):

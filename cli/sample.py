@@ -5,7 +5,7 @@ from pathlib import Path
 
 from checkpoints import load_generator
 from checkpoints.files import write_atomically
-from cli import processes
+from cli import diffusion, processes
 from cli.adapt import label, load_source
 from cli.adapt import sample as sample_grid
 from cli.run_folder import find_generator, make_folder, read_config
@@ -14,7 +14,7 @@ from cli.settings import check, expand
 
 def sample(
     run: Path, out: Path = Path("grid.png"), n: int = 16, seed: int = 1,
-    truncation_psi: float | None = None, device: str = "auto",
+    truncation_psi: float | None = None, images: str | None = None, device: str = "auto",
 ):  # fmt: skip
     """Draw new samples from a finished run: source row over target row of the same latents.
 
@@ -24,6 +24,7 @@ def sample(
         n: Number of samples; sample i is the same for every n.
         seed: Seed of the latents.
         truncation_psi: Truncation. None: that of the run.
+        images: Of a diffusion model, folder of pictures to adapt. None: that of the run.
         device: auto, cpu, cuda or cuda:<n>.
     """
     run, out = Path(expand(run)), Path(expand(out))
@@ -37,13 +38,24 @@ def sample(
     settings = replace(settings, seed=seed, truncation_psi=psi, samples=n)
     check(settings, samples="--n")
     device = processes.pick_device(device)
+    if diffusion.asked_for(settings):
+        settings = replace(settings, bank=n, images=expand(images) or settings.images)
+        source, adapted, pictures = diffusion.of_run(settings, path, device)
+    else:
+        source, adapted = generators(settings, path, device)
+        pictures = diffusion.pictures_of(replace(settings, images=images), source)
+    make_folder(out.parent)
+    picture = label(settings, source, sample_grid(settings, source, adapted, pictures))
+    write_atomically(out, lambda aside: aside.write_bytes(picture))
+    print(f"{out}: {settings.source} above, {settings.target} below, of the same latents")
+
+
+def generators(settings, path, device):
+    """The source generator of a run and the adapted one, which have to fit."""
     source = load_source(settings, device)
     adapted = load_generator(path, device, settings.class_index)
     found, wanted = ((x.z_dim, x.w_dim, x.num_ws) for x in (adapted, source))
     if found != wanted:
         sizes = "z_dim, w_dim and num_ws"
         raise ValueError(f"{path} has {sizes} {found}; wanted, for the run's generator: {wanted}")
-    make_folder(out.parent)
-    picture = label(settings, source, sample_grid(settings, source, adapted))
-    write_atomically(out, lambda aside: aside.write_bytes(picture))
-    print(f"{out}: {settings.source} above, {settings.target} below, of the same latents")
+    return source, adapted
