@@ -109,11 +109,12 @@ def adapt(settings):
 def of_stages(settings):
     """What a run does, in words."""
     second = f"{settings.steps} steps of {settings.batch} images"
+    before = "stage 0, pictures inverted; " * diffusion.asked_for(settings)
     if settings.method == "nada":
-        return f"NADA, {second}"
+        return f"{before}NADA, {second}"
     first = f"{settings.steps_mapper} steps of {settings.batch_mapper} images"
     each = " for each CLIP" if len(settings.clip) > 1 else ""
-    return f"stage 1, {first}{each}; stage 2, {second}"
+    return f"{before}stage 1, {first}{each}; stage 2, {second}"
 
 
 def sample(settings, source, adapted, images=None):

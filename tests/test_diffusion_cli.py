@@ -16,6 +16,7 @@ from checkpoints import CheckpointError
 from checkpoints.diffusion import is_diffusion, load_unet, save_unet
 from cli import diffusion
 from cli.settings import DIFFUSIONCLIP, MINIATURE_DDPM, parse
+from diffusion import UNet
 from diffusion.unet import config_of
 
 SHORT = (
@@ -164,10 +165,11 @@ def test_one_line(folder, row):
 CONFIG = config_of(16, (8, 16), (False, True), layers_per_block=1, norm_num_groups=4)
 CHANGES = [  # what is changed in config.json or scheduler_config.json, a word of the answer
     ({"prediction_type": "v_prediction"}, "v_prediction"), ({"beta_schedule": "cosine"}, "linear"),
-    ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"), ({"in_channels": 4}, "latents"),
+    ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+    ({"in_channels": 4}, "latents"), ({"sample_size": 15}, "sample_size"),
     ({"num_class_embeds": 10}, "class-conditional"), ({"act_fn": "relu"}, "act_fn"),
     ({"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "SkipDownBlock2D"),
-    ({"block_out_channels": [8, 10**9]}, "block_out_channels"), ({"sample_size": 15}, "sample_size"),
+    ({"block_out_channels": [8, 10**9]}, "block_out_channels"),
     ({"block_out_channels": [8, 32]}, "not ("), ({"layers_per_block": 2}, "lacks"),
     ({"norm_eps": "small"}, "norm_eps"), ({"block_out_channels": None}, "block_out_channels"),
     ({"num_train_timesteps": 0}, "num_train_timesteps"),
@@ -177,8 +179,6 @@ CHANGES = [  # what is changed in config.json or scheduler_config.json, a word o
 @pytest.mark.parametrize("change", CHANGES, ids=lambda x: x[1])
 def test_every_mismatch_is_named(tmp_path, change):
     torch.manual_seed(0)
-    from diffusion import UNet
-
     unet = UNet(CONFIG)
     save_unet(unet.config, unet.state_dict(), tmp_path / "m")
     for name in ("config.json", "scheduler_config.json"):
