@@ -8,8 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the ground up; a room may import itself and those before it.
-ROOMS = ["stylegan2_ops", "checkpoints", "miniature", "ipl", "cli", "experiments"]
-EXPERIMENTS = ["miniature/evaluate.py", "miniature/inspect.py"]  # on the world, above the method
+ROOMS = ["stylegan2_ops", "diffusion", "checkpoints", "miniature", "ipl", "cli", "experiments"]
+EXPERIMENTS = [  # on the world, above the method
+    *(f"miniature/{name}.py" for name in ("evaluate", "evaluate_diffusion", "inspect"))
+]
 ABOVE = ["benchmarks", "notebooks", "tests"]
 
 
@@ -63,6 +65,10 @@ def test_no_arrow_runs_up_and_none_in_a_circle(room):
         for name in leaves:
             del arrows[name]
     assert not arrows, f"a circle: {arrows}"
+
+
+def test_diffusion_stays_short():
+    assert sum(len(path.read_text().splitlines()) for path in files("diffusion")) <= 500
 
 
 def test_weight():
