@@ -57,7 +57,7 @@ class Checkpoint(NamedTuple):
 def load_unet(path, device="cpu", side=None):
     """-> a frozen UNet, float32, in eval mode, and its schedule alphas [1000].
 
-    path: a folder, a file or the URL of one. side: pixels of a side, if it shall draw others than
+    path: a folder or a file. side: pixels of a side, if it shall draw others than
     the file says, or than the 256 pixels of a DDPM whose attention is at 16.
     Raises CheckpointError, of one line, for what is missing, damaged or of another kind.
     """
@@ -99,7 +99,7 @@ def save_unet(config, state, path, schedule=SCHEDULE):
 def is_diffusion(path):
     """Whether a path is that of a diffusion model rather than of a GAN: a folder, or by its keys.
 
-    What cannot be read is none: whoever reads it as a GAN says why.
+    What cannot be read is none, nor is a URL: whoever reads it as a GAN says why.
     """
     if Path(path).is_dir():
         return True
@@ -114,7 +114,7 @@ def is_diffusion(path):
 
 
 def read_checkpoint(path):
-    """Read a Checkpoint, from a folder, a file or a URL. Nothing is computed."""
+    """Read a Checkpoint, from a folder or a file. Nothing is computed; errors as `load_unet`."""
     if not Path(path).is_dir():
         return read_file(path, WANTED, _parse)
     try:

@@ -86,13 +86,12 @@ def adapt(settings):
     with processes.memory_advice(keeper.where_memory_ends), keeper:
         if ipl.ranks()[0] == 0:
             print(f"{keeper.folder}: {of_stages(settings)}", file=sys.stderr, flush=True)
-        rng, more = torch.Generator().manual_seed(settings.seed), {}
+        rng, cfg, more = torch.Generator().manual_seed(settings.seed), settings, {}
         if images is not None:
             diffusion.fill(generator, images, settings, keeper)
             more = diffusion.arguments(settings, generator, images, rng)
-        adapted, mappers, history = ipl.adapt(
-            settings, generator, clips, rng=rng, steps=keeper, **more
-        )
+            cfg = diffusion.fitted(settings, images)
+        adapted, mappers, history = ipl.adapt(cfg, generator, clips, rng=rng, steps=keeper, **more)
         if ipl.ranks()[0] > 0:
             return
         floor = floor_of_truth(settings, generator, clips, mappers)

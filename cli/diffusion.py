@@ -3,6 +3,7 @@
 DiffusionCLIP is `--method nada` on it, and Diff-IPL is `--method ipl`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,6 +64,8 @@ def pictures_of(settings, generator):
     if not paths:
         wanted = f"a folder with some of {', '.join(sorted(SUFFIXES))}"
         raise ValueError(f"--images {folder}: there is no picture in it; wanted: {wanted}")
+    if settings.method == "ipl" and len(paths) < 2:
+        raise ValueError(f"--images {folder}: one picture; wanted: two or more, or --method nada")
     return torch.stack([read_picture(path, side) for path in paths])
 
 
@@ -120,6 +123,12 @@ def fill(generator, images, settings, steps, at_once=8):
             loss = (generator.synthesis(w) - x).abs().mean().item()
         history.append({"stage": 0, "step": i, "loss": loss})
     return generator.fill(latents.w.to(generator.w_avg.device))
+
+
+def fitted(settings, images):
+    """The settings, for as many pictures as there are: fewer than --bank in a small folder."""
+    n = len(images)
+    return replace(settings, bank=n, batch_mapper=min(n, settings.batch_mapper))
 
 
 def arguments(settings, generator, images, rng):
