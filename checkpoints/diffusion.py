@@ -206,7 +206,6 @@ _FIXED = {  # what a UNet cannot do otherwise; a config may leave it out
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2D",
     "add_attention": True,
-    "attn_norm_num_groups": None,
 }
 
 
@@ -249,12 +248,13 @@ def empty_unet(config):
     if type(eps) is not float or not 0 < eps < 1:
         refuse(f"its norm_eps is {eps!r:.40}", "a small number")
     for name, allowed in (
+        ("attn_norm_num_groups", (None, groups)),
         ("resnet_time_scale_shift", ("default", "scale_shift")),
         ("downsample_type", ("conv", "resnet")),
         ("upsample_type", ("conv", "resnet")),
     ):
         if known[name] not in allowed:
-            refuse(f"its network's {name} is {known[name]!r:.40}", " or ".join(allowed))
+            refuse(f"its network's {name} is {known[name]!r:.40}", " or ".join(map(str, allowed)))
     attention = []
     for way, resnet in (("down", "ResnetDownsampleBlock2D"), ("up", "ResnetUpsampleBlock2D")):
         kinds = config.get(f"{way}_block_types")
@@ -313,7 +313,7 @@ def _kind(state):
         return "DDPM's"
     if "time_embed.0.weight" in state:
         return "guided-diffusion's"
-    if any(str(name).startswith("model.diffusion_model.") for name in state):
+    if any("diffusion_model." in str(name) for name in state):
         return "latent diffusion's"
     return None
 
@@ -441,6 +441,7 @@ def from_guided(state, head=64):
         in_channels=state["input_blocks.0.0.weight"].shape[1],
         out_channels=len(state["out.2.weight"]),
         attention_head_dim=head,
+        attn_norm_num_groups=32,
         resnet_time_scale_shift="scale_shift" if scales else "default",
     )
     return config, renamed

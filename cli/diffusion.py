@@ -64,9 +64,10 @@ def pictures_of(settings, generator):
     if not paths:
         wanted = f"a folder with some of {', '.join(sorted(SUFFIXES))}"
         raise ValueError(f"--images {folder}: there is no picture in it; wanted: {wanted}")
-    if settings.method == "ipl" and len(paths) < 2:
+    pictures = torch.stack([read_picture(path, side) for path in paths])
+    if settings.method == "ipl" and len(pictures) < 2:
         raise ValueError(f"--images {folder}: one picture; wanted: two or more, or --method nada")
-    return torch.stack([read_picture(path, side) for path in paths])
+    return pictures
 
 
 def read_picture(path, side):

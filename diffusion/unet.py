@@ -18,6 +18,7 @@ CONFIG = {  # what a config.json may leave out, with diffusers' values
     "layers_per_block": 2,
     "attention_head_dim": 8,  # None: one head
     "norm_num_groups": 32,
+    "attn_norm_num_groups": None,  # of the middle: as norm_num_groups, if time also scales
     "norm_eps": 1e-5,
     "downsample_padding": 1,  # 0: one row and column at the right and the bottom alone
     "flip_sin_to_cos": True,

@@ -74,7 +74,7 @@ def test_a_run_and_its_files(finished, folder):
     assert unet.config == start.config
     assert not torch.equal(unet.conv_out.weight, start.conv_out.weight)
     mapper = load_file(finished / "mapper.safetensors")
-    assert mapper["weights.0"].shape[1] == 64  # the bottleneck's width, and not that of pictures
+    assert mapper["weights.0"].shape[1] == 32  # the bottleneck's width, and not that of pictures
 
 
 def test_defaults_are_those_of_the_generator(folder):
