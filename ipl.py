@@ -43,7 +43,7 @@ Where it departs from the published code (its file:line in brackets)
  7. Samples are truncated towards the generator's own average; there it is drawn anew each time.
  8. Work that changes no number is left out: fixed texts are encoded once, prompts not padded, CLIP
     and layer choice collect no gradients of weights. [clip_loss.py:249-251,256-257]
- 9. `crop`, `freeze`, `layers="all"` are ours, `lazy` to `log_loss` DiffusionCLIP's; off by default.
+ 9. `crop`, `freeze`, `layers="all"` are ours, `betas` to `log_loss` DiffusionCLIP's; off at first.
 10. Processes that share a batch draw fresh noise from their own seeds.
 11. `bank`, ours and off by default: stage 1 chooses its batches from so many images, encoded once,
     and each prompt must find its own image among all of them, not only in its batch.
@@ -92,8 +92,8 @@ class Config:
     eps: float = 0.0  # Stage 2: smooths |delta_image| near 0; deviation 3 of ipl.py.
     noise: Literal["fresh", "fixed"] = "fresh"  # Of synthesis: anew for each image, or its own.
     crop: float = 0.0  # Stage 2: the same random crop of both images, by up to this part.
-    lazy: bool = True  # Stage 2: Adam gets 4/5 of lr, and betas to the power of it; else as is.
     betas: tuple[float, float] = (0.0, 0.99)  # Stage 2: Adam's.
+    plain_adam: bool = False  # Stage 2: lr and betas as they are; else 4/5 of lr, betas to the 4/5.
     growth: tuple[float, int] = (1.0, 50)  # Stage 2: factor of the rate, after so many steps each.
     log_loss: bool = False  # Stage 2: -log(1 - d/2) of the directional loss d, as DiffusionCLIP.
     layers: Literal["adaptive", "all"] = "adaptive"  # Stage 2: layers trained in each step.
@@ -688,7 +688,7 @@ def adapt_generator(
     if not parameters or not 0 < k <= num_ws:
         raise ValueError(f"nothing to train: freeze={cfg.freeze!r}, num_layers={k} of {num_ws}")
     # 4/5: StyleGAN2's correction for regularising in every fourth step only, kept by NADA and IPL
-    lr, power = (cfg.lr * 4 / 5, 4 / 5) if cfg.lazy else (cfg.lr, 1)
+    lr, power = (cfg.lr, 1) if cfg.plain_adam else (cfg.lr * 4 / 5, 4 / 5)
     betas = [beta**power for beta in cfg.betas]
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True)
     history, chosen = [], list(range(num_ws))

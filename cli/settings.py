@@ -58,13 +58,13 @@ MINIATURE = Settings(
 
 # The embedded diffusion model, of 64 pixels; its bank is 64 rendered photos.
 MINIATURE_DDPM = replace(
-    MINIATURE, generator=EMBEDDED, bank=64, batch_mapper=32, lr=5e-5, betas=(0.9, 0.99), lazy=False,
+    MINIATURE, generator=EMBEDDED, bank=64, lr=5e-5, betas=(0.9, 0.99), plain_adam=True,
     steps=100, ema=0.95, crop=0.15, lambda_l1=0.3, freeze="",
 )  # fmt: skip
 
 # DiffusionCLIP's example of human faces, with --method nada: five passes over 50 pictures.
 DIFFUSIONCLIP = Settings(
-    clip=("ViT-B/16",), clip_weights=(3.0,), bank=50, batch=1, steps=250, lr=8e-6, lazy=False,
+    clip=("ViT-B/16",), clip_weights=(3.0,), bank=50, batch=1, steps=250, lr=8e-6, plain_adam=True,
     betas=(0.9, 0.999), growth=(1.3, 50), log_loss=True, lambda_l1=1.0, source_images="photo",
     ema=0.0, layers="all", truncation_psi=1.0,
 )  # fmt: skip
@@ -74,7 +74,7 @@ GROUPS = {  # of --help
     "where": "out overwrite resume save_every seed samples truncation_psi",
     "stage_1": "n_ctx ctx_init residual lr_mapper batch_mapper steps_mapper bank lambda_domain "
     "lambda_source",
-    "stage_2": "lr batch steps ema eps noise crop freeze lazy betas growth log_loss",
+    "stage_2": "lr batch steps ema eps noise crop freeze betas plain_adam growth log_loss",
     "layer_choice": "layers num_layers layer_batch layer_lr layer_every",
     "diffusion_models": "images side t0 inversion_steps synthesis_steps picture_steps "
     "source_images lambda_l1",
@@ -107,13 +107,13 @@ def expand(path):
 
 def preset_of(argv):
     """What a run with the --generator of a command line starts from."""
-    names = [b if a == "--generator" else a.partition("=")[2] for a, b in zip(argv, [*argv[1:], ""],
-             strict=True) if a.split("=")[0] == "--generator"]  # fmt: skip
-    if not names:
-        return MINIATURE
-    if names[-1] == EMBEDDED:
-        return MINIATURE_DDPM
-    return DIFFUSIONCLIP if is_diffusion(expand(names[-1])) else Settings()
+    name = None
+    for word, after in zip(argv, [*argv[1:], ""], strict=False):
+        if word.startswith("--generator"):
+            name = word.partition("=")[2] or after
+    if name in (None, EMBEDDED):
+        return MINIATURE_DDPM if name else MINIATURE
+    return DIFFUSIONCLIP if is_diffusion(expand(name)) else Settings()
 
 
 def help_texts():

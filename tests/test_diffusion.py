@@ -13,7 +13,7 @@ from diffusion.steps import everywhere
 from diffusion.unet import config_of, time_waves
 
 PUBLISHED = ipl.Config(
-    method="nada", batch=1, steps=6, lr=1e-4, lazy=False, betas=(0.9, 0.999), growth=(1.3, 3),
+    method="nada", batch=1, steps=6, lr=1e-4, plain_adam=True, betas=(0.9, 0.999), growth=(1.3, 3),
     log_loss=True, clip_weights=(3.0,), layers="all", ema=0.0,
 )  # fmt: skip
 
