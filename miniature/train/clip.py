@@ -600,9 +600,9 @@ def main(cfg):
     begins = 0, cfg.small_steps, cfg.small_steps + cfg.large_steps
     total, done, saved = begins[2] + cfg.text_steps, 0, {}
     if cfg.state.exists():
-        saved = torch.load(cfg.state, weights_only=True, map_location="cpu")
+        saved = torch.load(cfg.state, weights_only=True, map_location=device)
         done = saved["step"]
-    seen = saved.get("seen", torch.zeros(VOCABULARY, dtype=torch.bool))
+    seen = saved.get("seen", torch.zeros(VOCABULARY, dtype=torch.bool)).cpu()
     heads = FactorHeads().to(device)
     if saved:
         heads.load_state_dict(saved["heads"])
@@ -655,10 +655,12 @@ def main(cfg):
             adam = optimiser(model, heads, rate=rate)
             if saved and step not in begins:
                 adam.load_state_dict(saved["adam"])
+                for group in adam.param_groups:
+                    group["lr"] = rate
             if saved:
-                torch.set_rng_state(saved["rng"])
+                torch.set_rng_state(saved["rng"].cpu())
                 if device.type == "cuda":
-                    torch.cuda.set_rng_state(saved["cuda"])
+                    torch.cuda.set_rng_state(saved["cuda"].cpu())
             run = recorded(one, device)
             saved = {}
         for name, x in told.items():
