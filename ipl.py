@@ -48,6 +48,7 @@ Where it departs from the published code (its file:line in brackets)
 10. Processes that share a batch draw fresh noise from seeds of their own.
 11. `bank`, ours and off by default: stage 1 chooses its batches from so many images, encoded once,
     and each prompt must find its own image among all of them, not only in its batch.
+12. `lambda_image`, ours and 0 by default: a pull of each source prompt onto its own image.
 """
 
 import contextlib
@@ -88,6 +89,7 @@ class Config:
     bank: int = 0  # Stage 1: images encoded once, to choose from and to contrast with; 0: new ones.
     lambda_domain: float = 1.0  # Stage 1: weight of the domain loss.
     lambda_source: float = 0.0  # Stage 1: the source label's part in it; the target's is 1.
+    lambda_image: float = 0.0  # Stage 1: weight of 1 - cos of source prompts and their images.
 
     lr: float = 0.002  # Stage 2: learning rate; Adam gets 4/5 of it, as in StyleGAN2.
     batch: int = 2  # Stage 2: images per step.
@@ -594,6 +596,7 @@ def train_mapper(
         domain = domain_loss(t_target, label_target)
         domain_source = domain_loss(t_source, label_source)
         loss = contrastive + cfg.lambda_domain * (domain + cfg.lambda_source * domain_source)
+        loss = loss + cfg.lambda_image * domain_loss(t_source, image_features)  # deviation 12
 
         optimizer.zero_grad()
         loss.backward(inputs=parameters)

@@ -38,16 +38,16 @@ class Settings(ipl.Config):
 
 # The embedded world's networks are small and learn at other rates: its runs start from these.
 MINIATURE = Settings(
-    residual="none", lr_mapper=0.5, batch_mapper=32, steps_mapper=120, bank=512, lambda_domain=0.2,
-    lambda_source=1.0, lr=0.0016, batch=4, steps=200, ema=0.97, eps=0.1, noise="fixed", crop=0.4,
-    layers="all", freeze="noise", truncation_psi=1.0,
+    residual="none", lr_mapper=0.5, batch_mapper=32, steps_mapper=200, bank=1024,
+    lambda_domain=0.2, lambda_source=1.0, lambda_image=2.0, lr=0.004, batch=4, steps=120, ema=0.97,
+    eps=0.1, noise="fixed", crop=0.4, layers="all", freeze="noise", truncation_psi=1.0,
 )  # fmt: skip
 
 GROUPS = {  # of --help
     "what": "source target method generator class_index clip clip_weights",
     "where": "out overwrite resume save_every seed samples truncation_psi",
     "stage_1": "n_ctx ctx_init residual lr_mapper batch_mapper steps_mapper bank lambda_domain "
-    "lambda_source",
+    "lambda_source lambda_image",
     "stage_2": "lr batch steps ema eps noise crop freeze",
     "layer_choice": "layers num_layers layer_batch layer_lr layer_every",
     "speed": "device autocast half compile tf32 deterministic keep_memory",
@@ -131,7 +131,7 @@ def check(settings, **names):
         (counts, lambda x: 1 <= x < 2**31, "at least 1, and below 2^31"),
         ("batch_mapper", lambda x: 2 <= x < 2**31, "at least 2 (to tell prompts apart)"),
         ("lr_mapper lr layer_lr", lambda x: 0 < x <= 1e30, "above 0, and at most 1e30"),
-        ("lambda_domain lambda_source eps", lambda x: 0 <= x <= 1e30, "from 0 to 1e30"),
+        ("lambda_domain lambda_source lambda_image eps", lambda x: 0 <= x <= 1e30, "from 0 to 1e30"),
         ("class_index", lambda x: x >= 0, "0 or more"),
         ("bank", lambda x: x == 0 or settings.batch_mapper <= x < 2**31,
          f"0, or at least {flag('batch_mapper')} {settings.batch_mapper}"),

@@ -62,7 +62,7 @@ from miniature.train import pool
 from miniature.truth import Truth, as_pixels
 
 METHODS = ("nada", "ipl", "published", "mean", "own", "caption", "pixels")
-OF_THE_PAPER = "residual", "lambda_domain", "lambda_source", "steps_mapper", "bank"
+OF_THE_PAPER = "residual lambda_domain lambda_source lambda_image steps_mapper bank".split()
 PUBLISHED = {name: getattr(ipl.Config(), name) for name in OF_THE_PAPER}
 PERSONAL = ("monster", "fairy tale")
 LONG = dict(steps=400, lr=0.003)
