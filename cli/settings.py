@@ -38,8 +38,8 @@ class Settings(ipl.Config):
 
 # The embedded world's networks are small and learn at other rates: its runs start from these.
 MINIATURE = Settings(
-    residual="none", lr_mapper=0.5, batch_mapper=32, steps_mapper=200, bank=1024,
-    lambda_domain=0.2, lambda_source=1.0, lambda_image=2.0, lr=0.004, batch=4, steps=120, ema=0.97,
+    residual="none", lr_mapper=0.5, batch_mapper=32, steps_mapper=200, bank=768,
+    lambda_domain=0.2, lambda_source=1.0, lambda_image=3.0, lr=0.004, batch=4, steps=120, ema=0.97,
     eps=0.1, noise="fixed", crop=0.4, layers="all", freeze="noise", truncation_psi=1.0,
 )  # fmt: skip
 
