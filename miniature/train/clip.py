@@ -52,10 +52,10 @@ LENGTH, EXTRA = 60, 32  # most tokens of a caption, and of a soup
 @dataclass(frozen=True)
 class Config:
     persons: int = 12_000  # Each drawn once as photo, in another domain, and between: the pool.
-    small_steps: int = 3000  # Steps on 64 pixels.
-    large_steps: int = 9000  # Steps on 128 pixels.
+    small_steps: int = 2000  # Steps on 64 pixels.
+    large_steps: int = 6000  # Steps on 128 pixels.
     text_steps: int = 4000  # Steps of the text encoder alone.
-    batch: int = 96  # Persons a step, three pictures each.
+    batch: int = 64  # Persons a step, three pictures each.
     lr: float = 1.5e-3  # Peak rate on 64 pixels (0.6 of it on 128), cosine to 0 within each.
     text_lr: float = 5e-4  # Peak rate of the last stage.
     epsilon: float = 5.0  # Largest L2 radius of an attack, ramped in over 0.05-0.25 of 128 px.

@@ -33,8 +33,8 @@ CROSSOVER = 5
 @dataclass(frozen=True)
 class Config:
     pool: int = 24_000  # Photos, each drawn once.
-    steps: int = 20_000  # Steps of the synthesis regression.
-    mapping_steps: int = 50_000  # Steps of the mapping regression.
+    steps: int = 11_000  # Steps of the synthesis regression.
+    mapping_steps: int = 12_000  # Steps of the mapping regression.
     batch: int = 48  # Photos a step.
     mapping_batch: int = 2048  # Latents a step.
     lr: float = 0.015  # Peak rate of the synthesis network, cosine to 0.
