@@ -101,7 +101,7 @@ def test_a_longer_stage_2_is_said_and_kept(tmp_path):
     assert own == [{}, evaluate.LONG]
     kinds = ("nada", 1), ("source", None), ("truth", None)
     rows = {(t, *kind): dict.fromkeys(evaluate.SHOWN, 0.5) for t in cfg.targets for kind in kinds}
-    head = "stage 2 of monster with steps 400"
+    head = "stage 2 of monster with steps 300"
     assert head in evaluate.table(rows, cfg)
     assert head not in evaluate.table(rows, replace(cfg, long=False))
     evaluate.check_settings(cfg)
@@ -163,4 +163,4 @@ def test_inspect_knows_the_truth(domain):
     assert 0 < row["floor"] < 0.5 and row["caption"] > row["NADA"] > 0.5
     assert max(row[cue] for cue in faces.CUES) <= 0.75  # none carries the way alone
     if domain == "monster":  # changes by who it is, and the language can say so
-        assert row["room"] >= 0.3 and row["caption"] >= row["NADA"] + 0.15
+        assert row["room"] >= 0.15 and row["caption"] >= row["NADA"] + 0.1
