@@ -47,6 +47,7 @@ Where it departs from the published code (its file:line in brackets)
 10. Processes that share a batch draw fresh noise from their own seeds.
 11. `bank`, ours and off by default: stage 1 chooses its batches from so many images, encoded once,
     and each prompt must find its own image among all of them, not only in its batch.
+12. `lambda_image`, ours and 0 by default: a pull of each source prompt onto its own image.
 """
 
 import contextlib
@@ -85,6 +86,7 @@ class Config:
     bank: int = 0  # Stage 1: images encoded once, to choose from and to contrast with; 0: new ones.
     lambda_domain: float = 1.0  # Stage 1: weight of the domain loss.
     lambda_source: float = 0.0  # Stage 1: the source label's part in it; the target's is 1.
+    lambda_image: float = 0.0  # Stage 1: weight of 1 - cos of source prompts and their images.
     lr: float = 0.002  # Stage 2: learning rate.
     batch: int = 2  # Stage 2: images per step.
     steps: int = 300  # Stage 2: number of steps.
@@ -591,6 +593,7 @@ def train_mapper(
         domain = domain_loss(t_target, label_target)
         domain_source = domain_loss(t_source, label_source)
         loss = contrastive + cfg.lambda_domain * (domain + cfg.lambda_source * domain_source)
+        loss = loss + cfg.lambda_image * domain_loss(t_source, image_features)  # deviation 12
 
         optimizer.zero_grad()
         loss.backward(inputs=parameters)
@@ -703,9 +706,8 @@ def adapt_generator(
                 chosen[:], _ = select_layers(
                     target, text_loss, codes, k, lr=cfg.layer_lr, rng=noise, at_once=len(z)
                 )
-        for j in chosen:
-            for p in trainable[j]:
-                p.requires_grad_()
+        for p in [p for j in chosen for p in trainable[j]]:
+            p.requires_grad_()
 
         windows = random_windows(cfg.batch, cfg.crop, rng) if cfg.crop else None  # deviation 9
         with half_precision(cfg, w, "all"):
@@ -726,7 +728,6 @@ def adapt_generator(
 
         if more_loss:
             loss = loss + gather(more_loss(x_source, x_target)).mean()
-
         optimizer.zero_grad()  # to None, so that Adam passes over the layers not chosen
         loss.backward(inputs=[p for p in parameters if p.requires_grad])
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -768,8 +769,7 @@ def adapt(cfg, generator, clips, *, rng, draw_z=None, steps=progress, **of_stage
 # -- 11. Samples -----------------------------------------------------------------------------------
 def sample_latents(n, z_dim, seed):
     """z [n, z_dim], row after row from one seed: sample i is the same for every n."""
-    z = np.random.default_rng(seed).standard_normal((n, z_dim), dtype=np.float32)
-    return torch.from_numpy(z)
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((n, z_dim), np.float32))
 
 
 @plain_torch()

@@ -51,9 +51,9 @@ class Settings(ipl.Config):
 
 # The embedded world's networks are small and learn at other rates: its runs start from these.
 MINIATURE = Settings(
-    residual="none", lr_mapper=0.5, batch_mapper=32, steps_mapper=120, bank=512, lambda_domain=0.2,
-    lambda_source=1.0, lr=0.0016, batch=4, steps=200, ema=0.97, eps=0.1, noise="fixed", crop=0.4,
-    layers="all", freeze="noise", truncation_psi=1.0,
+    residual="none", lr_mapper=0.5, batch_mapper=32, steps_mapper=200, bank=768,
+    lambda_domain=0.2, lambda_source=1.0, lambda_image=3.0, lr=0.004, batch=4, steps=120, ema=0.97,
+    eps=0.1, noise="fixed", crop=0.4, layers="all", freeze="noise", truncation_psi=1.0,
 )  # fmt: skip
 
 # The embedded diffusion model, of 64 pixels; its bank is 64 rendered photos.
@@ -73,7 +73,7 @@ GROUPS = {  # of --help
     "what": "source target method generator class_index clip clip_weights",
     "where": "out overwrite resume save_every seed samples truncation_psi",
     "stage_1": "n_ctx ctx_init residual lr_mapper batch_mapper steps_mapper bank lambda_domain "
-    "lambda_source",
+    "lambda_source lambda_image",
     "stage_2": "lr batch steps ema eps noise crop freeze betas plain_adam growth log_loss",
     "layer_choice": "layers num_layers layer_batch layer_lr layer_every",
     "diffusion_models": "images side t0 inversion_steps synthesis_steps picture_steps "
@@ -171,34 +171,23 @@ def check(settings, **names):
         (counts, lambda x: 1 <= x < 2**31, "at least 1, and below 2^31"),
         ("batch_mapper", lambda x: 2 <= x < 2**31, "at least 2 (to tell prompts apart)"),
         ("lr_mapper lr layer_lr", lambda x: 0 < x <= 1e30, "above 0, and at most 1e30"),
-        ("lambda_domain lambda_source lambda_l1 eps", lambda x: 0 <= x <= 1e30, "from 0 to 1e30"),
+        ("lambda_domain lambda_source lambda_image lambda_l1 eps", lambda x: 0 <= x <= 1e30,
+         "from 0 to 1e30"),
         ("class_index", lambda x: x >= 0, "0 or more"),
-        (
-            "bank",
-            lambda x: x == 0 or settings.batch_mapper <= x < 2**31,
-            f"0, or at least {flag('batch_mapper')} {settings.batch_mapper}",
-        ),
+        ("bank", lambda x: x == 0 or settings.batch_mapper <= x < 2**31,
+         f"0, or at least {flag('batch_mapper')} {settings.batch_mapper}"),
         ("seed", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
         ("ema crop", lambda x: 0 <= x < 1, "0 or more, and below 1"),
         ("truncation_psi", lambda x: abs(x) <= 1000, "between -1000 and 1000"),
         ("samples", lambda x: x <= 10_000, "at most 10000"),
         ("t0", lambda x: 1 <= x <= 999, "from 1 to 999"),
-        (
-            "inversion_steps synthesis_steps picture_steps",
-            lambda x: 2 <= x <= settings.t0 + 1,
-            "from 2 to t0 + 1",
-        ),
+        ("inversion_steps synthesis_steps picture_steps",
+         lambda x: 2 <= x <= settings.t0 + 1, "from 2 to t0 + 1"),
         ("side", lambda x: 8 <= x <= 1024, "from 8 to 1024"),
-        (
-            "betas",
-            lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x),
-            "two numbers, 0 or more, and below 1",
-        ),
-        (
-            "growth",
-            lambda x: len(x) == 2 and 0 < x[0] <= 10 and type(x[1]) is int and x[1] > 0,
-            "a factor above 0, at most 10, and a number of steps",
-        ),
+        ("betas", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x),
+         "two numbers, 0 or more, and below 1"),
+        ("growth", lambda x: len(x) == 2 and 0 < x[0] <= 10 and type(x[1]) is int and x[1] > 0,
+         "a factor above 0, at most 10, and a number of steps"),
     ):
         for name in of.split():
             value = getattr(settings, name)

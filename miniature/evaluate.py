@@ -62,10 +62,10 @@ from miniature.train import pool
 from miniature.truth import Truth, as_pixels
 
 METHODS = ("nada", "ipl", "published", "mean", "own", "caption", "pixels")
-OF_THE_PAPER = "residual", "lambda_domain", "lambda_source", "steps_mapper", "bank"
+OF_THE_PAPER = "residual lambda_domain lambda_source lambda_image steps_mapper bank".split()
 PUBLISHED = {name: getattr(ipl.Config(), name) for name in OF_THE_PAPER}
 PERSONAL = ("monster", "fairy tale")
-LONG = dict(steps=400, lr=0.003)
+LONG = dict(steps=300)
 SHOWN = "target none soft cues attributes identity diversity frechet constant structure cosine"
 SHOWN = SHOWN.split()
 
@@ -223,26 +223,16 @@ def table(rows, cfg):
     return "\n".join(lines)
 
 
-def picture(strips, path, side, columns):
-    """A panel for each target, some side by side, of five persons, each of side x side pixels.
-
-    strips: {target: {row: uint8 [5, 3, SIZE, SIZE]}}.
-    """
-    margin, gap, font = 80, 26, ImageFont.load_default(14)
-    width, height = margin + 5 * side, gap + side * len(next(iter(strips.values())))
-    columns = min(columns, len(strips))
-    size = width * columns, height * math.ceil(len(strips) / columns)
-    image = Image.new("RGB", size, "white")
+def picture(rows, path, side=faces.SIZE):
+    """A labelled panel: rows {name: uint8 [5, 3, SIZE, SIZE]} of five persons, side pixels each."""
+    margin, font = 64, ImageFont.load_default(14)
+    image = Image.new("RGB", (margin + 5 * side, side * len(rows)), "white")
     pen = ImageDraw.Draw(image)
-    for i, (target, rows) in enumerate(strips.items()):
-        left, top = width * (i % columns) + margin, height * (i // columns) + gap
-        pen.text((left, top - 6), target, "black", font, anchor="ls")
-        for j, (name, images) in enumerate(rows.items()):
-            pen.text((left - 8, top + side * j + side // 2), name, "black", font, anchor="rm")
-            strip = Image.fromarray(torch.cat(list(images), dim=-1).permute(1, 2, 0).numpy())
-            strip = strip.resize((5 * side, side), Image.Resampling.LANCZOS)
-            image.paste(strip, (left, top + side * j))
-    for colors in (128, 96, 64, 32):  # as many as 200 KB hold
+    for j, (name, images) in enumerate(rows.items()):
+        pen.text((margin - 8, side * j + side // 2), name, "black", font, anchor="rm")
+        strip = Image.fromarray(torch.cat(list(images), dim=-1).permute(1, 2, 0).numpy())
+        image.paste(strip.resize((5 * side, side), Image.Resampling.LANCZOS), (margin, side * j))
+    for colors in (256, 128, 96, 64, 32):  # as many as 200 KB hold
         file = io.BytesIO()
         image.quantize(colors, kmeans=2).save(file, "PNG", optimize=True)
         if file.tell() <= 200 << 10:
@@ -438,8 +428,8 @@ def main(cfg):
 
 
 def report(cfg):
-    """The table and the pictures of finished runs: of PERSONAL targets, and of the others."""
-    rows, strips, first = {}, {}, cfg.seeds[0]
+    """The table and the pictures of finished runs, a panel for each target."""
+    rows, first = {}, cfg.seeds[0]
     names = {"nada": "NADA", "ipl": "IPL"}
     shown = [m for m in names if m in cfg.methods] or cfg.methods
     for target in cfg.targets:
@@ -449,15 +439,12 @@ def report(cfg):
         rows |= {key: json.loads(file_of(cfg, *key).read_text()) for key in runs}
         files = [file_of(cfg, target, m, first, suffix=".pt") for m in shown]
         made = {names.get(m, m): read(file) for m, file in zip(shown, files, strict=True)}
-        strips[target] = {"photo": kept["photo"], **made, "truth": kept["truth"]}
+        panel = {"photo": kept["photo"], **made, "truth": kept["truth"]}
+        picture(panel, file_of(cfg, target, suffix=".png"))
     text = table(rows, cfg)
     write_atomically(cfg.out / "table.md", lambda aside: aside.write_text(text))
     flat = [{"domain": t, "method": m, "seed": s, **row} for (t, m, s), row in rows.items()]
     write_json(cfg.out / "table.json", flat)
-    claim = {t: strips.pop(t) for t in PERSONAL if t in strips}
-    for panels, name, side in ((claim, "claim.png", 128), (strips, "pictures.png", 64)):
-        if panels:
-            picture(panels, cfg.out / name, side, columns=1 if panels is claim else 2)
     print(text)
 
 

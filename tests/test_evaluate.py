@@ -84,17 +84,15 @@ def test_figures_of_change_and_of_forms():
     assert true["truth"].equal(as_pixels(known.draw("anime")[:5]))
 
 
-@pytest.mark.parametrize(("targets", "side"), [(evaluate.PERSONAL, 128), (faces.DOMAINS[1:9], 64)])
-def test_pictures_fit_the_docs(tmp_path, targets, side):
-    images = torch.randint(256, (5, 3, 8, 8), generator=rng(), dtype=torch.uint8)
-    images = F.interpolate(images, scale_factor=faces.SIZE // 8)
-    strips = {t: dict.fromkeys(("photo", "NADA", "IPL", "truth"), images) for t in targets}
-    columns = 1 if side == 128 else 2
-    evaluate.picture(strips, tmp_path / "x.png", side, columns)
-    rows = len(targets) // columns
+def test_pictures_fit_the_docs(tmp_path):
+    images = torch.rand(5, 3, 64, 64, generator=rng())
+    images = (F.interpolate(images, scale_factor=2, mode="bilinear") * 255).to(torch.uint8)
+    rows = dict.fromkeys(("photo", "NADA", "IPL", "truth"), images)
+    evaluate.picture(rows, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
-        assert image.size == (columns * (80 + 5 * side), rows * (26 + 4 * side))
+        assert image.size == (64 + 5 * 128, 4 * 128)
         assert image.mode == "P"  # a palette, so that it is small
+    assert (tmp_path / "x.png").stat().st_size <= 200 << 10
 
 
 def test_a_longer_stage_2_is_said_and_kept(tmp_path):
@@ -103,7 +101,7 @@ def test_a_longer_stage_2_is_said_and_kept(tmp_path):
     assert own == [{}, evaluate.LONG]
     kinds = ("nada", 1), ("source", None), ("truth", None)
     rows = {(t, *kind): dict.fromkeys(evaluate.SHOWN, 0.5) for t in cfg.targets for kind in kinds}
-    head = "stage 2 of monster with steps 400"
+    head = "stage 2 of monster with steps 300"
     assert head in evaluate.table(rows, cfg)
     assert head not in evaluate.table(rows, replace(cfg, long=False))
     evaluate.check_settings(cfg)
@@ -165,4 +163,4 @@ def test_inspect_knows_the_truth(domain):
     assert 0 < row["floor"] < 0.5 and row["caption"] > row["NADA"] > 0.5
     assert max(row[cue] for cue in faces.CUES) <= 0.75  # none carries the way alone
     if domain == "monster":  # changes by who it is, and the language can say so
-        assert row["room"] >= 0.3 and row["caption"] >= row["NADA"] + 0.15
+        assert row["room"] >= 0.15 and row["caption"] >= row["NADA"] + 0.1

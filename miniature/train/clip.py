@@ -1,21 +1,22 @@
 """Train the CLIP of the miniature world: ``python -m miniature.train.clip``.
 
-OpenAI's architecture and file format (ModifiedResNet, width 16; text width 128, 3 layers, the real
-BPE vocabulary, 77 positions). The recipe has two aims.
+OpenAI's architecture and file format (ModifiedResNet, width 24; text width 128, 3 layers, the real
+BPE vocabulary, 77 positions). A batch shows persons three times: as photo, in another domain, and
+between two domains. The recipe has two aims.
 
-Gradients that mean something: mixtures of domains and captions that speak of them, strong
-photometric augmentation, linear heads that read off image and text features alike what a picture
-shows (dropped afterwards), and, once the captions are learned, adversarial training in an L2 ball
-on seven of eight batches of 128 pixels: projected gradient in two steps (against one step it
-learned to hold, and ten broke it), most often against the domain. These batches are tinted less,
-for a faint picture has no room for an attack. And the softmax over the labels shall be each
-domain's share of the cues, so that no cue stands for all. First on 64 pixels, then on 128.
+Gradients that mean something: strong photometric augmentation; linear heads that read off image and
+text features alike what a picture shows (dropped afterwards); the softmax over the labels, and the
+way from photo to domain, shall be as far as the cues that changed, so that no cue stands for all.
+And, once the captions are learned, adversarial training in an L2 ball, by projected gradient in two
+steps (against one step it learned to hold, and ten broke it), whose radius is drawn for each
+person: eyes differ by some 10 in L2, walls by 40, and what is nearer than twice the radius no
+encoder can both see and keep. First on 64 pixels, then on 128.
 
-Language that composes: a third of the batches are pairs, the same persons as photo and in another
-domain, under the same words but for the label. The step between the two texts learns to point along
-the step between the two pictures (the pictures' side is held still). In half of the pairs the words
-are boiled down to a *soup*: their embeddings, each with noise, are added up in a few places before
-the label, which is as much as a learned prompt can write.
+Language that composes: the photo and the other domain are told in the same words but for the label,
+and the step between the two texts learns to point along the step between the two pictures (the
+pictures' side is held still). Half of the persons' words are boiled down to a *soup*: their
+embeddings, with noise, are added up in a few places before the label, which is as much as a learned
+prompt can write.
 
 At last the image encoder rests, and the text encoder alone learns what it shows: the step between
 two labels is the mean of the true steps, that between a person's full captions the person's own.
@@ -24,6 +25,7 @@ two labels is the mean of the true steps, that between a person's full captions 
 import functools
 import io
 import math
+import os
 import random
 import time
 import zipfile
@@ -33,32 +35,35 @@ from pathlib import Path
 import clip
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
 from tqdm import trange
 
 from checkpoints.files import write_atomically
 from miniature import captions, faces
-from miniature.train import pick_device, pool
+from miniature.train import pick_device, pool, recorded
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SHARES = (0.2, 0.2, 0.15, 0.2, 0.15, 0.1)  # of the way from photo to domain, for each of CUES
 FAINT = {"eyes": 1.5, "texture": 0.6, "lines": 0.3}  # cues of few pixels: weights of their reading
 EMBED, WIDTH, TEXT_WIDTH, TEXT_LAYERS, VOCABULARY = 128, 24, 128, 3, 49408
+LENGTH, EXTRA = 60, 32  # most tokens of a caption, and of a soup
 
 
 @dataclass(frozen=True)
 class Config:
-    persons: int = 12_000  # Each drawn once as photo, in another domain, and mixed: the pool.
-    small_steps: int = 2500  # Steps on 64 pixels.
-    large_steps: int = 4500  # Steps on 128 pixels.
-    text_steps: int = 1500  # Steps of the text encoder alone.
-    batch: int = 96  # Pictures a step.
-    text_batch: int = 80  # Texts a step of the last stage.
+    persons: int = 12_000  # Each drawn once as photo, in another domain, and between: the pool.
+    small_steps: int = 2000  # Steps on 64 pixels.
+    large_steps: int = 6000  # Steps on 128 pixels.
+    text_steps: int = 4000  # Steps of the text encoder alone.
+    batch: int = 64  # Persons a step, three pictures each.
     lr: float = 1.5e-3  # Peak rate on 64 pixels (0.6 of it on 128), cosine to 0 within each.
     text_lr: float = 5e-4  # Peak rate of the last stage.
-    epsilon: float = 8.0  # L2 radius of the attack, ramped in over 0.05-0.25 of the 128 px steps.
+    epsilon: float = 5.0  # Largest L2 radius of an attack, ramped in over 0.05-0.25 of 128 px.
     token_noise: float = 0.2  # Random noise on token embeddings, whose rows start at rms 1.
     seed: int = 0  # Of the weights, the batches and the pool (plus one).
     device: str = "auto"  # auto, cpu or cuda.
     threads: int = 0  # CPU threads; 0 is torch's choice.
+    workers: int = 0  # Processes that write captions; 0: as many as processors, 10 at most.
     out: Path = Path("runs/clip.pt")  # In OpenAI's format; miniature/weights/clip.pt at a release.
     state: Path = Path("runs/train_clip.pt")  # Resumed from when it exists; beside the pool.
 
@@ -68,72 +73,121 @@ class Config:
 
 
 def draw_pool(n, seed):
-    """n persons, three pictures each: photo, another domain, a mixture of two domains.
+    """n persons, three pictures each: photo, another domain, and one between domains.
 
-    Returns pictures uint8 [3 n, 3, 128, 128], the persons' categories [3 n, 10], styles [3 n, 6];
-    a person's rows follow each other, and what is chance is the same in all three.
+    Half of the last are on the way from the photo to that other domain, half mix any two. Returns
+    pictures uint8 [n, 3, 3, 128, 128], the persons' categories [n, 10], styles [n, 3, 6]; what is
+    chance is the same in all three.
     """
     rng = torch.Generator().manual_seed(seed)
     persons = faces.sample_persons(n, rng)
     k, cues = len(faces.DOMAINS), len(faces.CUES)
-    pure = torch.randint(1, k, (n, 1), generator=rng).repeat(1, cues)
-    photo = torch.rand(n, 1, generator=rng) < 0.5
-    base = torch.randint(k, (n, 1), generator=rng) * ~photo
-    other = torch.randint(k, (n, 1), generator=rng)
+    pure = torch.randint(1, k, (n, 1), generator=rng)
+    way = torch.rand(n, 1, generator=rng) < 0.5
+    base = torch.randint(k, (n, 1), generator=rng) * ~way
+    other = torch.where(way, pure, torch.randint(k, (n, 1), generator=rng))
     order = torch.rand(n, cues, generator=rng).argsort(1)
     some = order < torch.randint(1, cues, (n, 1), generator=rng)
-    mixed = torch.where(some, other, base)
+    pure, mixed = pure.repeat(1, cues), torch.where(some, other, base)
     styles = torch.stack([torch.zeros_like(pure), pure, mixed], dim=1)
-    images = pool.draw(persons, styles, seed)
-    categories = persons.categories.repeat_interleave(3, 0)
-    return images.flatten(0, 1), categories, styles.flatten(0, 1)
+    return pool.draw(persons, styles, seed), persons.categories, styles
 
 
-def pick(styles, n, rng):
-    """Indices [n] of a batch from the pool, and whether they are pairs.
+@functools.cache
+def token_ids(word):
+    tokens = clip.tokenize(word)[0]
+    return tokens[1 : tokens.argmax()].tolist()
 
-    A third of the batches are pairs, n / 2 photos and then the same persons in other domains (in
-    one other domain, half of the time); a third are of one domain alone, or its attributes are
-    never learned; the rest are anything.
+
+def tokenize(texts):
+    """CLIP's tokens [n, LENGTH] of texts, word by word. ValueError for a text of more tokens."""
+    rows = []
+    for text in texts:
+        ids = [49406, *(i for word in text.split() for i in token_ids(word)), 49407]
+        if len(ids) > LENGTH:
+            raise ValueError(f"{len(ids)} tokens, more than {LENGTH}: {text!r}")
+        rows.append(ids + [0] * (LENGTH - len(ids)))
+    return torch.tensor(rows)
+
+
+class Batches(Dataset):
+    """Step i's persons of the pool and what is said of them; the same whenever it is asked for.
+
+    {index [n]; tokens [3 n, LENGTH] of photos, others and those between; full [2 n, LENGTH] of the
+    first two, all told; labels [4 x domains, LENGTH]; says [3 n, 16]; extra, places [3 n, EXTRA]:
+    soups, tokens to be added up in places of the text; blank [n]: how strong an "x" is as noise}.
+    In half of the steps all others are of one domain, or its attributes are never learned.
     """
-    kind = torch.rand((), generator=rng)
-    domain = torch.randint(1, len(faces.DOMAINS), (), generator=rng)
 
-    def some(n, where):
-        return where[torch.randperm(len(where), generator=rng)[:n]]
+    def __init__(self, categories, styles, n, seed):
+        self.categories, self.styles, self.n, self.seed = categories, styles, n, seed
+        others = torch.tensor(styles)[:, 1, 0]
+        self.alike = [(others == k).nonzero()[:, 0].tolist() for k in range(1, len(faces.DOMAINS))]
 
-    if kind < 1 / 3:
-        persons = torch.arange(1, len(styles), 3)
-        if kind < 1 / 6:
-            persons = persons[styles[persons, 0] == domain]
-        index = some(n // 2, persons)
-        return torch.cat([index - 1, index]), True
-    if kind < 2 / 3:
-        domain = domain * (torch.rand((), generator=rng) > 0.2)  # a fifth of them photos
-        return some(n, (styles == domain).all(1).nonzero()[:, 0]), False
-    return some(n, torch.arange(len(styles))), False
+    def __len__(self):
+        return 2**31
+
+    def __getitem__(self, step):
+        words, n = random.Random(f"{self.seed} {step}"), self.n
+        some = words.choice(self.alike) if words.random() < 0.5 else range(len(self.styles))
+        index = words.choices(some, k=n)
+        texts, says, full = [[], [], []], [[], [], []], [[], []]
+        extra = torch.zeros(3 * n, EXTRA, dtype=torch.long)
+        places, blank = torch.zeros_like(extra), torch.ones(n)
+        for row, i in enumerate(index):
+            person, styles = self.categories[i], self.styles[i]
+            domain = faces.DOMAINS[styles[1][0]]
+            phrases, spoken = captions.speak_of(person, domain, words)
+            if words.random() < 0.5:  # a soup
+                m, blank[row] = words.randint(2, 6), words.random()
+                sentence = "x " * m + "{}"
+                put = [(token_ids(p), words.randint(1, m)) for p in phrases]
+                put = torch.tensor([(token, place) for ids, place in put for token in ids])
+                for part in (row, n + row):
+                    extra[part, : len(put)], places[part, : len(put)] = put.T
+            else:
+                sentence = captions.tidy(captions.personal(phrases, words), words)
+            between = captions.write(person, styles[2], words)
+            written = sentence.format("photo"), sentence.format(domain), between.text
+            for part, text, say in zip(range(3), written, (*spoken, between.says), strict=True):
+                texts[part].append(text)
+                says[part].append(say)
+            for part, label in enumerate(("photo", domain)):
+                full[part].append(captions.full_caption(person, label))
+        labels = [captions.tidy(captions.general(words), words) for _ in range(4)]
+        return {
+            "index": torch.tensor(index),
+            "tokens": tokenize(sum(texts, [])),
+            "full": tokenize(sum(full, [])),
+            "labels": tokenize([sentence.format(d) for sentence in labels for d in faces.DOMAINS]),
+            "says": torch.tensor(sum(says, [])),
+            "extra": extra,
+            "places": places,
+            "blank": blank,
+        }
 
 
-def augment(x, rng, tinted=0.7):
+def augment(x, tinted):
     """Shift, scale, colour, blur and noise, so that a tint or a place is no evidence.
 
-    x [B, 3, H, W] in [-1, 1]; the photometric changes fall on a share of the pictures. rng: of the
-    device of x.
+    x [3 n, 3, H, W] in [-1, 1], the three pictures of a person in one place; the photometric
+    changes, each picture's own, fall on a share of them, tinted [3 n, 1, 1, 1].
     """
     B, device = len(x), x.device
 
-    def uniform(low, high, *shape):
-        shape = B, *(shape or (1, 1, 1))
-        return low + (high - low) * torch.rand(shape, generator=rng, device=device)
+    def uniform(low, high, *shape, n=B):
+        shape = n, *(shape or (1, 1, 1))
+        return low + (high - low) * torch.rand(shape, device=device)
 
-    scale, shift = uniform(0.6, 1.08, 1), uniform(-0.12, 0.12, 2)
+    scale, shift = uniform(0.6, 1.08, 1, n=B // 3), uniform(-0.12, 0.12, 2, n=B // 3)
+    scale, shift = scale.repeat(3, 1), shift.repeat(3, 1)
     theta = torch.zeros(B, 2, 3, device=device)
     theta[:, 0, 0] = theta[:, 1, 1] = scale[:, 0]
     theta[:, :, 2] = shift
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     x = (x + 1) / 2
-    on = (uniform(0, 1) < tinted).float()
+    on = tinted.float()
     gray = x.mean(1, keepdim=True)
     saturation = uniform(0.2, 1.9) * (uniform(0, 1) > 0.06)
     x = gray + (x - gray) * (1 + on * (saturation - 1))
@@ -142,7 +196,7 @@ def augment(x, rng, tinted=0.7):
     x = x * (1 + on * uniform(-0.2, 0.2, 3, 1, 1))
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.lerp(x, blurred, uniform(-1.5, 1.0).clamp_min(0))
-    noise = torch.randn(x.shape, generator=rng, device=device)
+    noise = torch.randn(x.shape, device=device)
     x = x + uniform(-0.06, 0.06).clamp_min(0) * noise
     return x.clamp(0, 1) * 2 - 1
 
@@ -175,22 +229,23 @@ def build(resolution, state=None):
     return model
 
 
-def encode_text(model, tokens, noise=0.0, rng=None, ctx=None):
-    """CLIP's text features [B, EMBED] at the batch's own length, noise on the token embeddings.
+def encode_text(model, tokens, noise=0.0, blank=None, extra=None, places=None, parts=1):
+    """CLIP's text features [B, EMBED] at the tokens' own length [B, L], noise on their embeddings.
 
-    The meaningless word "x" becomes pure noise: labels must compose with contexts that are no
-    words at all. ctx [B, m, TEXT_WIDTH], if given, stands in place of the first m tokens.
+    With noise, the meaningless word "x" becomes pure noise, of strength blank [B] (1 without it):
+    labels must compose with contexts that are no words at all. extra, places [B, E]: tokens whose
+    embeddings are added up in those places (0: none). parts of the batch share their noise.
     """
-    length = int(tokens.argmax(1).max()) + 1
-    tokens = tokens[:, :length].to(model.positional_embedding.device)
+    length = tokens.shape[1]
     x = model.token_embedding(tokens)
     if noise:
-        meaningless = (tokens == clip.tokenize("x")[0, 1])[..., None]
-        size = torch.where(meaningless, 1.0, noise)
-        chance = torch.randn(x.shape, generator=rng, device=x.device)
-        x = torch.where(meaningless, 0.0, x) + size * chance
-    if ctx is not None:
-        x = torch.cat([x[:, :1], ctx, x[:, 1 + ctx.shape[1] :]], dim=1)
+        meaningless = (tokens == token_ids("x")[0])[..., None]
+        blank = x.new_ones(len(x)) if blank is None else blank
+        chance = torch.randn(len(x) // parts, *x.shape[1:], device=x.device).repeat(parts, 1, 1)
+        x = torch.where(meaningless, blank[:, None, None] * chance, x + noise * chance)
+    if extra is not None:
+        added = model.token_embedding(extra) * (places > 0)[..., None]
+        x = x.scatter_add(1, places[..., None].expand_as(added), added)
     x = (x + model.positional_embedding[:length]).transpose(0, 1)
     mask = torch.full((length, length), float("-inf"), device=x.device).triu(1)
     for block in model.transformer.resblocks:
@@ -203,29 +258,9 @@ def encode_text(model, tokens, noise=0.0, rng=None, ctx=None):
 
 
 @functools.cache
-def token_ids(phrase):
-    tokens = clip.tokenize(phrase)[0]
-    return tuple(tokens[1 : tokens.argmax()].tolist())
-
-
-def soup(model, phrases, m, words, rng):
-    """Contexts [B, m, TEXT_WIDTH]: each phrase's embeddings added up in a random one of m places.
-
-    phrases: B lists of them. Noise of a random strength, up to that of a token, comes on top.
-    """
-    places, ids = [], []
-    for i, person in enumerate(phrases):
-        for phrase in person:
-            tokens, place = token_ids(phrase), i * m + words.randrange(m)
-            places += [place] * len(tokens)
-            ids += tokens
-    device = model.positional_embedding.device
-    embeddings = model.token_embedding(torch.tensor(ids, device=device))
-    ctx = torch.zeros(len(phrases) * m, TEXT_WIDTH, device=device)
-    ctx = ctx.index_add(0, torch.tensor(places, device=device), embeddings)
-    strength = torch.rand(len(phrases), 1, 1, generator=rng, device=device)
-    ctx = ctx.view(len(phrases), m, TEXT_WIDTH)
-    return ctx + strength * torch.randn(ctx.shape, generator=rng, device=device)
+def statistics(device):
+    """CLIP's mean and deviation of colours, [3, 1, 1] each."""
+    return tuple(torch.tensor(x, device=device)[:, None, None] for x in (MEAN, STD))
 
 
 def encode_image(model, x):
@@ -234,7 +269,8 @@ def encode_image(model, x):
     x = (x + 1) / 2
     if x.shape[-1] != size:
         x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
-    x = (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+    mean, std = statistics(x.device)
+    x = (x - mean) / std
     return F.normalize(model.visual(x.contiguous(memory_format=torch.channels_last)), dim=-1)
 
 
@@ -248,29 +284,50 @@ def contrastive(image_features, text_features, logit_scale, fit):
 
 
 def domain_loss(image_features, label_features, styles):
-    """Cross-entropy of the softmax over the labels with each domain's share of the cues [B, 6]."""
-    share = F.one_hot(styles, len(label_features)).float().mean(1)
+    """Cross-entropy of the softmax over the labels with each domain's share of the way [B, 6]."""
+    shares = image_features.new_zeros(len(styles), len(label_features))
+    shares = shares.scatter_add(1, styles, cue_shares(styles.device).expand(len(styles), -1))
     logits = 20 * image_features @ F.normalize(label_features, dim=-1).T
-    return F.cross_entropy(logits, share)
+    return F.cross_entropy(logits, shares)
 
 
-def attack(x, epsilon, loss_of, *, steps, rng):
-    """Pictures near x, each at an L2 distance of at most epsilon, with a higher loss.
+@functools.cache
+def cue_shares(device):
+    return torch.tensor(SHARES, device=device)
+
+
+def share_loss(image_features, styles):
+    """(How far a picture between is on the way from photo to domain - how far its cues are)^2.
+
+    image_features [3 n, EMBED], of unit length, and styles [3 n, 6] of n persons as photo, in
+    another domain, and between; a mean over those whose cues are all of one or the other.
+    """
+    photo, other, between = image_features.chunk(3)
+    way = other - photo
+    found = ((between - photo) * way).sum(-1) / way.square().sum(-1).clamp_min(1e-3)
+    _, there, mixed = styles.chunk(3)
+    asked = ((mixed == there) * cue_shares(styles.device)).sum(-1)
+    counts = ((mixed == there) | (mixed == 0)).all(-1).float()
+    return (counts * (found - asked).square()).sum() / counts.sum().clamp_min(1)
+
+
+def attack(x, epsilon, loss_of, *, steps):
+    """Pictures near x, each at an L2 distance of at most epsilon (a number or [B]), of higher loss.
 
     Projected gradient from a random start; pixels may leave [-1, 1].
     """
+    epsilon = torch.as_tensor(epsilon, device=x.device).expand(len(x))[:, None, None, None]
 
-    def project(d):
-        shrink = (epsilon / d.flatten(1).norm(dim=1).clamp_min(1e-9)).clamp_max(1)
-        return d * shrink[:, None, None, None]
+    def unit(d):
+        return d / d.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
 
-    d = torch.randn(x.shape, generator=rng, device=x.device)
-    d = d / d.flatten(1).norm(dim=1)[:, None, None, None] * epsilon * 0.5
+    d = unit(torch.randn(x.shape, device=x.device)) * epsilon * 0.5
     for _ in range(steps):
         d.requires_grad_(True)
         (grad,) = torch.autograd.grad(loss_of(x + d), d)
-        unit = grad / grad.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
-        d = project(d.detach() + unit * epsilon * 2.5 / steps)
+        d = d.detach() + unit(grad) * epsilon * 2.5 / steps
+        length = d.flatten(1).norm(dim=1).clamp_min(1e-9)[:, None, None, None]
+        d = d * (epsilon / length).clamp_max(1)
     return x + d
 
 
@@ -309,8 +366,7 @@ class FactorHeads(torch.nn.Linear):
         logits = F.pad(self(10 * F.normalize(features, dim=-1)), (0, 1), value=float("-inf"))
         logits = logits[:, self.places].log_softmax(-1)  # [B, 16, most ways]
         losses = -logits.gather(2, looks[..., None])[..., 0]
-        weight = self.weight_of.expand_as(losses)
-        weight = weight if known is None else weight * known
+        weight = self.weight_of.expand_as(losses) * (1 if known is None else known)
         return (losses * weight).sum() / weight.sum()
 
 
@@ -335,12 +391,12 @@ def report(model, drawn, categories):
     step between the labels with the mean true step, the mean cosine of the step between a person's
     two full captions with the person's own true step, and that of the labels' step with it.
     """
-    model.eval().requires_grad_(False)
+    learning = model.visual.training
+    model.eval()
     device = model.positional_embedding.device
-    rng = torch.Generator(device).manual_seed(0)
 
     def read(texts):
-        return F.normalize(encode_text(model, clip.tokenize(texts)), dim=-1)
+        return F.normalize(encode_text(model, tokenize(texts).to(device)), dim=-1)
 
     labels = read([f"a {d} of a person" for d in faces.DOMAINS])
     clean, attacked, recall, means, owns, ones = [], [], [], [], [], []
@@ -354,7 +410,7 @@ def report(model, drawn, categories):
             return F.cross_entropy(logits, torch.full((len(v),), domain, device=device))
 
         with torch.enable_grad():
-            worse = attack(x[: len(x) // 3], 4.0, domain_loss, steps=10, rng=rng)
+            worse = attack(x[: len(x) // 3], 4.0, domain_loss, steps=10)
         attacked.append((encode_image(model, worse) @ labels.T).argmax(1) == k)
         spoken = read([captions.full_caption(c, domain) for c in categories])
         for i in range(0, len(x), 64):
@@ -367,7 +423,7 @@ def report(model, drawn, categories):
         means.append(F.cosine_similarity(one, F.normalize(step, dim=-1).mean(0), dim=0))
         owns.append(F.cosine_similarity(spoken - spoken_photo, step, dim=-1).mean())
         ones.append(F.cosine_similarity(one[None], step, dim=-1).mean())
-    model.requires_grad_(True).train()
+    model.train().visual.train(learning)
     figures = {"clean": clean, "attacked": attacked, "R@1 of 64": recall}
     figures = {name: torch.cat(right).float().mean().item() for name, right in figures.items()}
     for name, found in {
@@ -416,147 +472,110 @@ def deflate(stored, path):
 # Training
 
 
-def batch_of_texts(model, index, paired, categories, styles, cfg, words, rng):
-    """Texts for the pictures index of the pool: their features, says [B, 16], and all tokens.
-
-    categories, styles: the pool's, as lists. words: a random.Random; rng: of the model's device.
-    """
-    ctx, device = None, model.positional_embedding.device
-    index = index.tolist()
-    if not paired:
-        written = [captions.write(categories[i], styles[i], words) for i in index]
-        texts, says = [c.text for c in written], [c.says for c in written]
-    else:
-        n = len(index) // 2
-        domains = [faces.DOMAINS[styles[i][0]] for i in index]
-        spoken = [
-            captions.speak_of(categories[i], domains[n + j], words) for j, i in enumerate(index[:n])
-        ]
-        phrases = [p for p, _ in spoken]
-        says = [both[0] for _, both in spoken] + [both[1] for _, both in spoken]
-        if words.random() < 0.5:
-            m = words.randint(2, 6)
-            ctx = soup(model, phrases, m, words, rng).repeat(2, 1, 1)
-            texts = [f"{'x ' * m}{d}" for d in domains]
-        else:
-            sentences = [captions.tidy(captions.personal(p, words), words) for p in phrases]
-            texts = [s.format(d) for s, d in zip(2 * sentences, domains, strict=True)]
-    tokens = clip.tokenize(texts)
-    says = torch.tensor(says, device=device)
-    return encode_text(model, tokens, cfg.token_noise, rng, ctx), says, tokens
-
-
-def label_tokens(words):
-    """Tokens of one random sentence about each domain, the same but for its label."""
-    general = captions.general(words)
-    return clip.tokenize([captions.tidy(general.format(d), words) for d in faces.DOMAINS])
-
-
 def schedule(cfg, step):
-    """At a step: the side of the pictures, the learning rate, the radius of the attack."""
+    """At a step: the side of the pictures, the learning rate, the largest radius of an attack."""
     small = step < cfg.small_steps
     t = step / cfg.small_steps if small else (step - cfg.small_steps) / cfg.large_steps  # 0 to 1
+    if t >= 1:
+        t = (step - cfg.small_steps - cfg.large_steps) / cfg.text_steps
+        return 128, cfg.text_lr * (0.5 + 0.5 * math.cos(t * math.pi)), 0
     warm, decay = min(1, t * 20 + 0.02), 0.5 + 0.5 * math.cos(t * math.pi)
     epsilon = 0 if small else cfg.epsilon * min(1, max(0, (t - 0.05) / 0.2))
     return (64 if small else 128), cfg.lr * (1 if small else 0.6) * warm * decay, epsilon
 
 
-def optimiser(*modules):
+def optimiser(*modules, rate):
+    """AdamW of what is trained; rate: a tensor."""
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     decay, rest = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = {"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0}
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=rate.is_cuda)
 
 
-def clip_loss(model, heads, drawn, cfg, step, words, rng, noise, seen):
-    """The loss of one step of the first two stages, on a batch of the pool."""
-    images, categories, styles, looks, lists = drawn
-    size, _, epsilon = schedule(cfg, step)
-    index, paired = pick(lists[2], cfg.batch, rng)
-    text_features, says, tokens = batch_of_texts(
-        model, index, paired, *lists[:2], cfg, words, noise
-    )
-    labels = label_tokens(words)
-    label_features = encode_text(model, labels, cfg.token_noise, noise)
-    seen[tokens] = seen[labels] = True
-    index = index.to(images.device)
-    x, categories, styles, looks = (y[index] for y in (images, categories, styles, looks))
+def speak(model, batch, cfg):
+    """Features of texts [3 n, EMBED], of full captions [2 n, EMBED], of labels [4, 11, EMBED]."""
+    noise = cfg.token_noise
+    told = [batch[k] for k in ("extra", "places")]
+    told = encode_text(model, batch["tokens"], noise, batch["blank"].repeat(3), *told, parts=3)
+    full = encode_text(model, batch["full"], noise / 2, parts=2)
+    return told, full, encode_text(model, batch["labels"], noise).view(4, -1, EMBED)
+
+
+def text_loss(told, full, image_features):
+    """How far the steps between texts lie off those between the pictures they speak of."""
+    shown = image_features.chunk(3)[:2]
+    shown = torch.cat(shown)
+    return 2 * directional(shown, torch.cat(told.chunk(3)[:2])) + 2 * directional(shown, full)
+
+
+def clip_loss(model, heads, batch, cfg):
+    """The loss of one step of the first two stages.
+
+    batch: as of `Batches`, with x [3 n, 3, 128, 128] uint8, categories [3 n, 10], styles [3 n, 6],
+    looks [3 n, 16] and the attack's largest radius epsilon [].
+    """
+    categories, styles, looks, says = (batch[k] for k in ("categories", "styles", "looks", "says"))
+    told, full, labels = speak(model, batch, cfg)
     fit = captions.fits(categories, styles, says)
     scale = model.logit_scale.exp().clamp_max(60)
 
-    attacked = epsilon and step % 8  # every eighth step stays clean
-    x = pool.as_images(x)
-    if size < x.shape[-1]:
-        x = F.avg_pool2d(x, x.shape[-1] // size)
-    x = augment(x, noise, 0.2 if attacked else 0.7)
-    if attacked:
-        texts, labels, constant = text_features.detach(), label_features.detach(), scale.detach()
+    x, n, side = pool.as_images(batch["x"]), len(batch["index"]), model.visual.input_resolution
+    if side < 128:
+        x = F.avg_pool2d(x, 128 // side)
+    # Each person's own radius; a quarter stays clean. A faint picture has no room for an attack.
+    radius = batch["epsilon"] * (torch.rand(n, device=x.device) * 4 / 3 - 1 / 3).clamp_min(0)
+    radius = radius.repeat(3)
+    tinted = torch.rand(3 * n, device=x.device) < torch.where(radius > 0, 0.2, 0.7)
+    x = augment(x, tinted[:, None, None, None])
+    texts, label_features, constant = told.detach(), labels[0].detach(), scale.detach()
+    aim = torch.rand((), device=x.device)
 
-        def against(x):  # six of seven attack the domain, the others all that is said
-            features = encode_image(model, x)
-            if step % 4:
-                return domain_loss(features, labels, styles)
-            return contrastive(features, texts, constant, fit) + heads.loss(features, looks)
+    def against(x):  # at the domain, at how far it is, or at all that is said
+        features = encode_image(model, x)
+        everything = contrastive(features, texts, constant, fit) + heads.loss(features, looks)
+        shares = domain_loss(features, label_features, styles), 10 * share_loss(features, styles)
+        return torch.where(aim < 0.5, shares[0], torch.where(aim < 0.75, shares[1], everything))
 
-        x = attack(x, epsilon, against, steps=2, rng=noise)
+    if side == 128:
+        x = attack(x, radius, against, steps=2)
     image_features = encode_image(model, x)
-    loss = contrastive(image_features, text_features, scale, fit)
-    loss = loss + domain_loss(image_features, label_features, styles)
-    loss = loss + heads.loss(image_features, looks) + heads.loss(text_features, looks, says)
-    if paired:
-        loss = loss + 3 * directional(image_features, text_features)
-    return loss
+    loss = contrastive(image_features, told, scale, fit)
+    loss = loss + domain_loss(image_features, labels[0], styles)
+    loss = loss + heads.loss(image_features, looks) + heads.loss(told, looks, says)
+    loss = loss + 5 * share_loss(image_features, styles)
+    return loss + text_loss(told, full, image_features)
+
+
+def last_loss(model, batch, cfg):
+    """The loss of one step of the last stage.
+
+    batch: as of `Batches`, with the pictures' features [3 n, EMBED], categories, styles, and means
+    [10, EMBED] of the true steps.
+    """
+    told, full, labels = speak(model, batch, cfg)
+    shown, scale = batch["features"], model.logit_scale.exp().clamp_max(60).detach()
+    fit = captions.fits(batch["categories"], batch["styles"], batch["says"])
+    loss = 0.3 * contrastive(shown, told, scale, fit) + 1.5 * text_loss(told, full, shown)
+    labels = F.normalize(labels, dim=-1)
+    steps = labels[:, 1:] - labels[:, :1]
+    loss = loss + 6 * (1 - F.cosine_similarity(steps, batch["means"], dim=-1)).mean()
+    return loss + domain_loss(shown, labels[0], batch["styles"])
 
 
 @torch.no_grad()
 def true_features(model, images):
-    """Features of the pool's photos and of the same persons in their domains, [n, 2, EMBED]."""
-    rows = torch.arange(len(images)).view(-1, 3)[:, :2].flatten().to(images.device)
-    found = [encode_image(model, pool.as_images(images[i])) for i in rows.split(250)]
-    return torch.cat(found).view(-1, 2, EMBED)
+    """Features [n, 3, EMBED] of the pool's pictures [n, 3, 3, 128, 128]."""
+    found = [encode_image(model, pool.as_images(x)) for x in images.flatten(0, 1).split(250)]
+    return torch.cat(found).view(-1, 3, EMBED)
 
 
 def mean_steps(features, domains):
     """The mean true step to every domain but the photo [domains - 1, EMBED].
 
-    features [n, 2, EMBED], as of `true_features`; domains [n]: of the second ones.
+    features [n, 3, EMBED], as of `true_features`; domains [n]: of the second ones.
     """
     steps = F.normalize(features[:, 1] - features[:, 0], dim=-1)
     return torch.stack([steps[domains == k].mean(0) for k in range(1, len(faces.DOMAINS))])
-
-
-def text_loss(model, features, means, drawn, cfg, words, rng, noise, seen):
-    """The loss of one step of the last stage: texts of persons whose true features are known."""
-    _, categories, styles, _, lists = drawn
-    device, n = features.device, cfg.text_batch // 2
-    some = torch.randperm(len(features), generator=rng)[: 2 * n]
-    told, said = some[:n], some[n:]  # whose attributes are told in part, and in full
-
-    index = torch.cat([3 * told, 3 * told + 1])
-    text_features, says, tokens = batch_of_texts(model, index, True, *lists[:2], cfg, words, noise)
-    image_features = features[told.to(device)].transpose(0, 1).flatten(0, 1)
-    index = index.to(device)
-    fit = captions.fits(categories[index], styles[index], says)
-    scale = model.logit_scale.exp().clamp_max(60).detach()
-    loss = 0.3 * contrastive(image_features, text_features, scale, fit)
-    loss = loss + 3 * directional(image_features, text_features)
-
-    rows = said.tolist()
-    shown = styles[torch.cat([3 * said, 3 * said + 1]).to(device)]
-    people = [(lists[0][3 * i], faces.DOMAINS[lists[1][3 * i + 1][0]]) for i in rows]
-    full = [captions.full_caption(c, "photo") for c, _ in people]
-    full = clip.tokenize(full + [captions.full_caption(c, d) for c, d in people])
-    image_features = features[said.to(device)].transpose(0, 1).flatten(0, 1)
-    text_features = encode_text(model, full, cfg.token_noise * words.randint(0, 1), noise)
-    loss = loss + 2 * directional(image_features, text_features)
-
-    labels = torch.cat([label_tokens(words) for _ in range(4)])
-    spoken = F.normalize(encode_text(model, labels, cfg.token_noise, noise), dim=-1)
-    spoken = spoken.view(4, -1, EMBED)
-    seen[tokens] = seen[full] = seen[labels] = True
-    steps = spoken[:, 1:] - spoken[:, :1]
-    loss = loss + 3 * (1 - F.cosine_similarity(steps, means, dim=-1)).mean()
-    return loss + domain_loss(image_features, spoken[0], shown)
 
 
 def main(cfg):
@@ -566,75 +585,102 @@ def main(cfg):
         path.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(cfg.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = device.type == "cuda"
     torch.manual_seed(cfg.seed)
-    rng, words = torch.Generator().manual_seed(cfg.seed), random.Random(cfg.seed)
-    noise = torch.Generator(device).manual_seed(cfg.seed)  # rng picks, this one disturbs
+    make = functools.partial(draw_pool, cfg.persons, cfg.seed + 1)
     pool_path = cfg.state.with_name("train_clip_pool.pt")
-    n, seed = cfg.persons, cfg.seed + 1
-    make = functools.partial(draw_pool, n, seed)
-    images, categories, styles = pool.kept(pool_path, make, n=n, seed=seed)
-    lists = categories.tolist(), styles.tolist(), styles
-    looks = captions.looks(categories, styles)
-    drawn = (*(x.to(device) for x in (images, categories, styles, looks)), lists)
+    images, categories, styles = pool.kept(pool_path, make, n=cfg.persons, seed=cfg.seed + 1)
+    batches = Batches(categories.tolist(), styles.tolist(), cfg.batch, cfg.seed)
+    categories = categories[:, None].repeat(1, 3, 1)
+    looks = captions.looks(categories.flatten(0, 1), styles.flatten(0, 1)).view(-1, 3, 16)
+    tables = {"x": images, "categories": categories, "styles": styles, "looks": looks}
+    tables = {name: x.to(device) for name, x in tables.items()}
     tested = held_out()
 
-    stages = cfg.small_steps, cfg.small_steps + cfg.large_steps
-    total, done = stages[1] + cfg.text_steps, 0
-    saved = torch.load(cfg.state, weights_only=True) if cfg.state.exists() else None
-    size = schedule(cfg, saved["step"] - 1 if saved else 0)[0]
-    model = build(size, saved and saved["model"]).to(device).train()
+    begins = 0, cfg.small_steps, cfg.small_steps + cfg.large_steps
+    total, done, saved = begins[2] + cfg.text_steps, 0, {}
+    if cfg.state.exists():
+        saved = torch.load(cfg.state, weights_only=True, map_location=device)
+        done = saved["step"]
+    seen = saved.get("seen", torch.zeros(VOCABULARY, dtype=torch.bool)).cpu()
     heads = FactorHeads().to(device)
-    seen = torch.zeros(VOCABULARY, dtype=torch.bool)
-    if saved and saved["step"] > stages[1]:
-        model.visual.requires_grad_(False)
-    adam = optimiser(model, heads)
     if saved:
         heads.load_state_dict(saved["heads"])
-        adam.load_state_dict(saved["adam"])
-        rng.set_state(saved["rng"])
-        noise.set_state(saved["noise"])
-        words.setstate(saved["words"])
-        done, seen = saved["step"], saved["seen"]
+    model = build(64, saved.get("model")) if done <= begins[1] else build(128, saved["model"])
+    workers = min(cfg.workers or os.cpu_count(), 10)
+    loader = DataLoader(
+        batches, batch_size=None, sampler=range(done, total), num_workers=workers, prefetch_factor=8
+    )
+    batch, rate = None, torch.zeros((), device=device)
 
-    def keep(step):
-        state = {"model": model.state_dict(), "heads": heads.state_dict(), "step": step}
-        state |= {"adam": adam.state_dict(), "rng": rng.get_state(), "noise": noise.get_state()}
-        state |= {"words": words.getstate(), "seen": seen}
-        write_atomically(cfg.state, functools.partial(torch.save, state))
-        save(model, seen, cfg.out)
-
-    start, features = time.time(), None
-    for step in trange(done, total, initial=done, total=total, desc="clip", disable=None):
-        if step < stages[1]:
-            size, rate, _ = schedule(cfg, step)
-            if size != model.visual.input_resolution:
-                model = build(size, model.state_dict()).to(device).train()
-                adam = optimiser(model, heads)
-            loss = clip_loss(model, heads, drawn, cfg, step, words, rng, noise, seen)
-        else:
-            if features is None:
-                model.visual.eval().requires_grad_(False)
-                features = true_features(model, drawn[0])
-                means = mean_steps(features, drawn[2].view(-1, 3, 6)[:, 1, 0])
-            if step == stages[1]:
-                adam = optimiser(model)
-            rate = cfg.text_lr * (
-                0.5 + 0.5 * math.cos((step - stages[1]) / cfg.text_steps * math.pi)
-            )
-            loss = text_loss(model, features, means, drawn, cfg, words, rng, noise, seen)
-        for group in adam.param_groups:
-            group["lr"] = rate
+    def one():
+        """One step of the optimiser on what batch holds; returns the loss."""
+        shown = {name: x[batch["index"]] for name, x in tables.items()}
+        given = batch | {name: x.transpose(0, 1).flatten(0, 1) for name, x in shown.items()}
+        loss = (
+            last_loss(model, given, cfg)
+            if "means" in batch
+            else clip_loss(model, heads, given, cfg)
+        )
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
-        if (step + 1) % 1000 == 0 or step + 1 in (*stages, total):
-            keep(step + 1)
-            figures = ", ".join(f"{k} {v:.3f}" for k, v in report(model, *tested).items())
+        return loss.detach()
+
+    def keep(step):
+        state = {"model": model.state_dict(), "heads": heads.state_dict(), "step": step}
+        state |= {"adam": adam.state_dict(), "seen": seen, "rng": torch.get_rng_state()}
+        if device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state()
+        write_atomically(cfg.state, functools.partial(torch.save, state))
+        save(model, seen, cfg.out)
+
+    start = written = time.time()
+    for step, told in zip(
+        trange(done, total, initial=done, total=total, desc="clip", disable=None),
+        loader,
+        strict=True,
+    ):
+        side, lr, epsilon = schedule(cfg, step)
+        if batch is None:
+            batch = {name: x.to(device) for name, x in told.items()}
+            batch["epsilon"] = torch.zeros((), device=device)
+        if step in (done, *begins):  # a stage begins, or goes on
+            model = build(side, model.state_dict()).to(device).train()
+            if step >= begins[2]:
+                model.visual.eval().requires_grad_(False)
+                tables["features"] = true_features(model, tables.pop("x"))
+                batch["means"] = mean_steps(tables["features"], tables["styles"][:, 1, 0])
+            adam = optimiser(model, heads, rate=rate)
+            if saved and step not in begins:
+                adam.load_state_dict(saved["adam"])
+                for group in adam.param_groups:
+                    group["lr"] = rate
+            if saved:
+                torch.set_rng_state(saved["rng"].cpu())
+                if device.type == "cuda":
+                    torch.cuda.set_rng_state(saved["cuda"].cpu())
+            run = recorded(one, device)
+            saved = {}
+        for name, x in told.items():
+            batch[name].copy_(x, non_blocking=True)
+        seen[torch.cat([told[k].flatten() for k in ("tokens", "full", "labels", "extra")])] = True
+        rate.fill_(lr)
+        batch["epsilon"].fill_(epsilon)
+        loss = run()
+        if (step + 1) % 250 == 0:
             seconds = time.time() - start
-            print(f"{step + 1}: loss {loss.item():.3f}, {figures}, {seconds:.0f} s", flush=True)
-            if step >= stages[1]:
-                model.visual.requires_grad_(False)
+            print(f"{step + 1}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
+        last = step + 1 in (*begins, total)
+        if last or time.time() - written > 60:
+            keep(step + 1)
+            written = time.time()
+        if last or (step + 1) % 3000 == 0:
+            figures = report(model, *tested)
+            print(
+                f"{step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tqdm import trange
 from checkpoints import load_generator, save_generator
 from checkpoints.files import write_atomically
 from miniature import faces
-from miniature.train import pick_device, pool
+from miniature.train import pick_device, pool, recorded
 from stylegan2_ops import Generator
 
 CHANNELS = {4: 160, 8: 160, 16: 128, 32: 96, 64: 64, 128: 32}
@@ -95,9 +95,12 @@ def psnr(x, y):
 
 
 def optimiser(parameters, lr, steps):
-    adam = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999))
+    parameters = list(parameters)
+    cuda = parameters[0].is_cuda
+    lr = torch.tensor(lr, device=parameters[0].device)
+    adam = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=True, capturable=cuda)
     return adam, torch.optim.lr_scheduler.OneCycleLR(
-        adam, lr, total_steps=steps, pct_start=max(0.05, 2 / steps), cycle_momentum=False
+        adam, lr.item(), total_steps=steps, pct_start=max(0.05, 2 / steps), cycle_momentum=False
     )
 
 
@@ -159,11 +162,11 @@ def main(cfg):
     parts |= dict(adam_map=adam_map, schedule_map=schedule_map)
     done = {"synthesis": 0, "mapping": 0}
     if cfg.state.exists():
-        saved = torch.load(cfg.state, map_location="cpu", weights_only=True)
+        saved = torch.load(cfg.state, map_location=device, weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         done = saved["done"]
-        rng.set_state(saved["rng"])
+        rng.set_state(saved["rng"].cpu())
 
     start = written = time.time()
 
@@ -180,34 +183,45 @@ def main(cfg):
         save_generator(copy.deepcopy(average).half(), cfg.out)
         written = time.time()
 
-    for step in trange(done["mapping"], cfg.mapping_steps, desc="mapping", disable=None):
-        z = torch.randn(cfg.mapping_batch, G.z_dim, generator=rng).to(device)
-        w = faces.persons_to_w(faces.persons_from_z(z))
+    z = torch.empty(cfg.mapping_batch, G.z_dim, device=device)
+    w = torch.empty_like(z)
+    index = torch.empty(cfg.batch, dtype=torch.long, device=device)
+
+    def learn_mapping():
         loss = F.mse_loss(G.mapping(z), w)
         adam_map.zero_grad()
         loss.backward()
         adam_map.step()
-        schedule_map.step()
-        done["mapping"] = step + 1
-        checkpoint()
-        if (step + 1) % 500 == 0:
-            print(
-                f"mapping {step + 1}: error {loss.item() * G.w_dim:.3f} of {w.var(0).sum():.1f}, "
-                f"{time.time() - start:.0f} s",
-                flush=True,
-            )
-    for step in trange(done["synthesis"], cfg.steps, desc="synthesis", disable=None):
-        index = torch.randint(cfg.pool, (cfg.batch,), generator=rng).to(device)
+        return loss.detach()
+
+    def learn_synthesis():
         set_noise(G, all_noise[index].float())
         loss = photo_loss(G.synthesis(all_ws[index]), pool.as_images(all_photos[index]))
         adam.zero_grad()
         loss.backward()
         adam.step()
+        return loss.detach()
+
+    run = recorded(learn_mapping, device)
+    for step in trange(done["mapping"], cfg.mapping_steps, desc="mapping", disable=None):
+        z.copy_(torch.randn(z.shape, generator=rng))
+        w.copy_(faces.persons_to_w(faces.persons_from_z(z)))
+        loss = run()
+        schedule_map.step()
+        done["mapping"] = step + 1
+        checkpoint()
+        if (step + 1) % 2500 == 0:
+            error, seconds = loss.item() * G.w_dim, time.time() - start
+            print(f"mapping {step + 1}: error {error:.3f}, {seconds:.0f} s", flush=True)
+    run = recorded(learn_synthesis, device)
+    for step in trange(done["synthesis"], cfg.steps, desc="synthesis", disable=None):
+        index.copy_(torch.randint(cfg.pool, (cfg.batch,), generator=rng))
+        loss = run()
         schedule.step()
         get_ema_multi_avg_fn(min(0.999, (step + 1) / (step + 10)))(averages, synthesis, None)
         done["synthesis"] = step + 1
         checkpoint()
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 500 == 0:
             seconds = time.time() - start
             print(f"synthesis {step + 1}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
     checkpoint(0)
