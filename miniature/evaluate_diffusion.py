@@ -27,7 +27,6 @@ from cli import diffusion
 from cli.adapt import load_clips
 from cli.processes import pick_device
 from cli.settings import MINIATURE_DDPM, Settings
-from miniature import faces
 from miniature.evaluate import SHOWN as COLUMNS
 from miniature.evaluate import cells, picture, silent, write_json
 from miniature.inverted import InvertedTruth
@@ -135,8 +134,9 @@ def main(cfg):
     words = table(rows, cfg)
     write_atomically(cfg.out / "table.md", lambda aside: aside.write_text(words))
     order = ["source", *cfg.methods, "truth"]
-    strips = {t: {name: found[name] for name in order} for t, found in strips.items()}
-    picture(strips, cfg.out / "pictures.png", faces.SIZE // 2, 2)
+    for target, found in strips.items():
+        path = cfg.out / f"{target.replace(' ', '-')}.png"
+        picture({name: found[name] for name in order}, path)
     print(words)
 
 
