@@ -1,0 +1,229 @@
+"""Train a discriminator for the miniature's photos: ``python -m miniature.train.discriminator``.
+
+The generator was made by regression, so it has no discriminator, which few-shot adaptation starts
+from. Here a copy of the generator plays StyleGAN2's game against a fresh discriminator: logistic
+losses, R1 at every 16th step; the copy rests at first, and then learns ten times more slowly. The
+discriminator is kept and the copy is not. Real pictures are rendered photos of new persons;
+generated ones have fresh noise in every layer.
+
+Differs from StyleGAN2's own training in: 1. no length of paths, for it shapes the generator alone;
+2. no mixed codes, of which this world's regression knows two layers' worth; 3. no flips, for the
+light has a side; 4. no running average of the copy.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import trange
+
+import miniature
+from checkpoints import load_generator
+from checkpoints.files import write_atomically
+from miniature import faces
+from miniature.judge import load_judge
+from miniature.train import pick_device, pool, recorded
+from miniature.train.generator import psnr
+from stylegan2_ops import Discriminator
+from stylegan2_ops.losses import discriminator_loss, generator_loss, r1_penalty
+
+CHANNELS = {4: 112, 8: 112, 16: 96, 32: 64, 64: 48, 128: 32}  # 0.92 M parameters
+
+
+@dataclass(frozen=True)
+class Config:
+    pool: int = 16_000  # Photos, each drawn once.
+    steps: int = 3000  # Steps of the discriminator.
+    rest: int = 500  # Steps before the copy of the generator starts to learn.
+    batch: int = 16  # Real pictures a step, and as many generated ones; a multiple of 4.
+    lr: float = 0.002  # The discriminator's rate.
+    slower: float = 10.0  # The copy's rate is so many times smaller.
+    r1: float = 10.0  # Gamma of R1.
+    r1_every: int = 16  # Steps from one R1 to the next.
+    held_out: int = 512  # Pictures of each kind in the report.
+    seed: int = 4000  # Of the weights, the batches and the pool.
+    device: str = "auto"  # cpu, cuda ...; auto: the GPU if there is one.
+    graphs: bool = True  # On a GPU, record each kind of step once and replay it.
+    threads: int = 0  # CPU threads, and processes that draw; 0 is torch's choice, and all.
+    out: Path = Path("runs/discriminator.pt")  # miniature/weights/discriminator.pt at a release.
+    state: Path = Path("runs/train_discriminator.pt")  # Resumed from, if there; beside the pool.
+
+
+def photos_of(n, seed, threads=0):
+    """uint8 photos [n, 3, SIZE, SIZE] of n random persons."""
+    persons = faces.sample_persons(n, torch.Generator().manual_seed(seed))
+    styles = faces.styles_of("photo", n)
+    return pool.draw(persons, styles, seed, processes=threads or None)
+
+
+def chance_of(device):
+    """torch's own generator of random numbers on a device."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+def generate(G, n):
+    """Pictures [n, 3, R, R] of n random z, each with its own noise, on the device of G."""
+    z = torch.randn(n, G.z_dim, device=G.w_avg.device)
+    return G.synthesis(G.mapping(z), rng=chance_of(z.device))
+
+
+def optimiser(parameters, lr, lazy, device):
+    """Adam as StyleGAN2 has it; lazy: the share of steps that a regulariser of its own adds."""
+    c = 1 / (1 + lazy)
+    return torch.optim.Adam(
+        parameters, lr=lr * c, betas=(0.0, 0.99**c), capturable=device.type == "cuda"
+    )
+
+
+def game(D, G, adam_d, adam_g, photos, cfg):
+    """The three steps, which take no arguments, wait for nothing and return figures of themselves.
+
+    photos: uint8 [n, 3, SIZE, SIZE] on the device of D and G. Of the discriminator: its loss and
+    the mean logits of real and generated pictures [3]; R1: the mean square of the gradient; of the
+    generator: its loss.
+    """
+
+    def real():
+        return pool.as_images(
+            photos[torch.randint(len(photos), (cfg.batch,), device=photos.device)]
+        )
+
+    def follow(adam, loss):
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+    def step_d():
+        D.requires_grad_(True)
+        with torch.no_grad():
+            generated = generate(G, cfg.batch)
+        real_logits, fake_logits = D(real()), D(generated)
+        loss = discriminator_loss(real_logits, fake_logits)
+        follow(adam_d, loss)
+        return torch.stack([loss, real_logits.mean(), fake_logits.mean()]).detach()
+
+    def step_r1():
+        D.requires_grad_(True)
+        penalty = r1_penalty(D, real())
+        follow(adam_d, cfg.r1 / 2 * cfg.r1_every * penalty)
+        return penalty.detach()
+
+    def step_g():
+        D.requires_grad_(False)
+        loss = generator_loss(D(generate(G, cfg.batch)))
+        follow(adam_g, loss)
+        return loss.detach()
+
+    return step_d, step_r1, step_g
+
+
+@torch.no_grad()
+def report(D, G, source, seed=50_000, n=512, threads=0):
+    """Held-out figures, {name: number}: of n renders, the copy's pictures G and the source's.
+
+    D's share of right answers and its median logit for each; the judge's share of photos and of
+    attributes read rightly; the PSNR of the copy's pictures to the source's, in dB, of the same z
+    and the same noise.
+    """
+    device, judge = G.w_avg.device, load_judge(device=G.w_avg.device)
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, G.z_dim, generator=rng)
+    persons = faces.persons_from_z(z)
+    drawn = pool.draw(persons, faces.styles_of("photo", n), seed, processes=threads or None)
+    pictures = {"renders": [], "copy": [], "source": []}
+    figures, distance = {}, []
+    for part, codes in zip(drawn.split(16), z.to(device).split(16), strict=True):
+        pictures["renders"].append(pool.as_images(part.to(device)))
+        for name, network in {"copy": G, "source": source}.items():
+            w = network.mapping(codes)
+            pictures[name].append(network.synthesis(w, rng=chance_of(device)))
+        of_copy, of_source = (x.synthesis(x.mapping(codes)) for x in (G, source))
+        distance.append(psnr(of_copy, of_source.clamp(-1, 1)))
+    for name, parts in pictures.items():
+        logits = torch.cat([D(x) for x in parts])
+        right = logits > 0 if name == "renders" else logits < 0
+        figures[f"D right on {name}"] = right.float().mean().item()
+        figures[f"median logit of {name}"] = logits.median().item()
+        read = [judge(x.clamp(-1, 1)) for x in parts]
+        domain = torch.cat([out["domain"].argmax(1) for out in read])
+        figures[f"{name} judged photos"] = (domain == 0).float().mean().item()
+        same = [
+            torch.cat([out[a].argmax(1) for out in read]).cpu() == persons.category(a)
+            for a in faces.CATEGORIES
+        ]
+        figures[f"attributes of {name}"] = torch.stack(same).float().mean().item()
+    figures["PSNR of copy to source"] = torch.cat(distance).median().item()
+    return figures
+
+
+def main(cfg):
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    device = pick_device(cfg.device)
+    for path in (cfg.out, cfg.state):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    make = functools.partial(photos_of, cfg.pool, cfg.seed, cfg.threads)
+    pool_path = cfg.state.with_name("train_discriminator_pool.pt")
+    photos = pool.kept(pool_path, make, n=cfg.pool, seed=cfg.seed).to(device)
+    torch.manual_seed(cfg.seed)
+    D = Discriminator(faces.SIZE, CHANNELS).to(device)
+    G = load_generator(miniature.GENERATOR, device).requires_grad_(True)
+    adam_d = optimiser(D.parameters(), cfg.lr, 1 / cfg.r1_every, device)
+    adam_g = optimiser(G.parameters(), cfg.lr / cfg.slower, 0, device)
+    parts, done = {"D": D, "G": G, "adam_d": adam_d, "adam_g": adam_g}, 0
+    if cfg.state.exists():
+        saved = torch.load(cfg.state, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        done = saved["done"]
+        chance_of(device).set_state(saved["rng"])
+    start = written = time.time()
+
+    def checkpoint(age=30):
+        """Unless the last one is younger, in seconds."""
+        nonlocal written
+        if time.time() - written < age:
+            return
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"done": done, "rng": chance_of(device).get_state()}
+        write_atomically(cfg.state, functools.partial(torch.save, state))
+        weights = {name: x.half().cpu() for name, x in D.state_dict().items()}
+        write_atomically(cfg.out, functools.partial(torch.save, {"d": weights}))
+        written = time.time()
+
+    step_d, step_r1, step_g = (
+        recorded(step, device) if cfg.graphs else step
+        for step in game(D, G, adam_d, adam_g, photos, cfg)
+    )
+    penalty = loss_g = torch.zeros(())
+    for step in trange(done, cfg.steps, desc="discriminator", disable=None):
+        figures = step_d()
+        if step % cfg.r1_every == 0:
+            penalty = step_r1()
+        if step >= cfg.rest:
+            loss_g = step_g()
+        done = step + 1
+        checkpoint()
+        if done % 250 == 0 or done == cfg.steps:
+            loss, of_real, of_fake = figures.tolist()
+            print(
+                f"{done}: loss {loss:.3f}, mean logits {of_real:.2f} and {of_fake:.2f}, "
+                f"R1 {penalty.item():.4f}, generator {loss_g.item():.3f}, "
+                f"{time.time() - start:.0f} s",
+                flush=True,
+            )
+    checkpoint(0)
+    source = load_generator(miniature.GENERATOR, device)
+    figures = report(D, G, source, n=cfg.held_out, threads=cfg.threads)
+    for name, value in figures.items():
+        print(f"{name:28} {value:.3f}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, description=__doc__))
