@@ -11,6 +11,7 @@ Differs from StyleGAN2's own training in: 1. no length of paths, for it shapes t
 light has a side; 4. no running average of the copy.
 """
 
+import copy
 import functools
 import time
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from tqdm import trange
 
 import miniature
-from checkpoints import load_generator
+from checkpoints import load_discriminator, load_generator, save_discriminator
 from checkpoints.files import write_atomically
 from miniature import faces
 from miniature.judge import load_judge
@@ -191,8 +192,7 @@ def main(cfg):
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"done": done, "rng": chance_of(device).get_state()}
         write_atomically(cfg.state, functools.partial(torch.save, state))
-        weights = {name: x.half().cpu() for name, x in D.state_dict().items()}
-        write_atomically(cfg.out, functools.partial(torch.save, {"d": weights}))
+        save_discriminator(copy.deepcopy(D).half(), cfg.out)
         written = time.time()
 
     step_d, step_r1, step_g = (
@@ -218,7 +218,8 @@ def main(cfg):
             )
     checkpoint(0)
     source = load_generator(miniature.GENERATOR, device)
-    figures = report(D, G, source, n=cfg.held_out, threads=cfg.threads)
+    kept = load_discriminator(cfg.out, device)
+    figures = report(kept, G, source, n=cfg.held_out, threads=cfg.threads)
     for name, value in figures.items():
         print(f"{name:28} {value:.3f}")
 
