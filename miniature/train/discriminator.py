@@ -8,7 +8,11 @@ generated ones have fresh noise in every layer.
 
 Differs from StyleGAN2's own training in: 1. no length of paths, for it shapes the generator alone;
 2. no mixed codes, of which this world's regression knows two layers' worth; 3. no flips, for the
-light has a side; 4. no running average of the copy.
+light has a side; 4. no running average of the copy; 5. real and generated pictures of a batch are
+of the same persons, so that what differs between persons cancels in the gradient; 6. at first the
+codes of generated pictures stray, less and less: the generator's photos are so close to rendered
+ones that a fresh discriminator sees no difference, and R1 alone would flatten it; 7. for the same
+reason gamma is by the rule of StyleGAN2-ADA, 0.0002 R^2 / batch, and not 10.
 """
 
 import copy
@@ -36,12 +40,13 @@ CHANNELS = {4: 112, 8: 112, 16: 96, 32: 64, 64: 48, 128: 32}  # 0.92 M parameter
 @dataclass(frozen=True)
 class Config:
     pool: int = 16_000  # Photos, each drawn once.
-    steps: int = 3000  # Steps of the discriminator.
-    rest: int = 500  # Steps before the copy of the generator starts to learn.
-    batch: int = 16  # Real pictures a step, and as many generated ones; a multiple of 4.
+    steps: int = 8000  # Steps of the discriminator.
+    rest: int = 2000  # Steps before the copy of the generator starts to learn.
+    stray: float = 1.0  # Of codes w, a standard deviation that falls to 0 in these steps.
+    batch: int = 32  # Real pictures a step, and as many generated ones; a multiple of 4.
     lr: float = 0.002  # The discriminator's rate.
     slower: float = 10.0  # The copy's rate is so many times smaller.
-    r1: float = 10.0  # Gamma of R1.
+    r1: float = 0.1  # Gamma of R1.
     r1_every: int = 16  # Steps from one R1 to the next.
     held_out: int = 512  # Pictures of each kind in the report.
     seed: int = 4000  # Of the weights, the batches and the pool.
@@ -52,10 +57,9 @@ class Config:
     state: Path = Path("runs/train_discriminator.pt")  # Resumed from, if there; beside the pool.
 
 
-def photos_of(n, seed, threads=0):
-    """uint8 photos [n, 3, SIZE, SIZE] of n random persons."""
-    persons = faces.sample_persons(n, torch.Generator().manual_seed(seed))
-    styles = faces.styles_of("photo", n)
+def photos_of(z, seed, threads=0):
+    """uint8 photos [n, 3, SIZE, SIZE] of the persons of z [n, W_DIM]."""
+    persons, styles = faces.persons_from_z(z), faces.styles_of("photo", len(z))
     return pool.draw(persons, styles, seed, processes=threads or None)
 
 
@@ -66,10 +70,10 @@ def chance_of(device):
     return torch.default_generator
 
 
-def generate(G, n):
-    """Pictures [n, 3, R, R] of n random z, each with its own noise, on the device of G."""
-    z = torch.randn(n, G.z_dim, device=G.w_avg.device)
-    return G.synthesis(G.mapping(z), rng=chance_of(z.device))
+def generate(G, z, stray=0.0):
+    """Pictures [B, 3, R, R] of z [B, z_dim], each with its own noise; codes stray by so much."""
+    w = G.mapping(z)
+    return G.synthesis(w + stray * torch.randn_like(w), rng=chance_of(w.device))
 
 
 def optimiser(parameters, lr, lazy, device):
@@ -80,18 +84,16 @@ def optimiser(parameters, lr, lazy, device):
     )
 
 
-def game(D, G, adam_d, adam_g, photos, cfg):
+def game(D, G, adam_d, adam_g, photos, z, stray, cfg):
     """The three steps, which take no arguments, wait for nothing and return figures of themselves.
 
-    photos: uint8 [n, 3, SIZE, SIZE] on the device of D and G. Of the discriminator: its loss and
-    the mean logits of real and generated pictures [3]; R1: the mean square of the gradient; of the
-    generator: its loss.
+    photos: uint8 [n, 3, R, R] and z [n, z_dim] of the same persons; stray: a number; all on the
+    device of D and G. Of the discriminator: its loss and the mean logits of real and generated
+    pictures [3]; R1: the mean square of the gradient; of the generator: its loss.
     """
 
-    def real():
-        return pool.as_images(
-            photos[torch.randint(len(photos), (cfg.batch,), device=photos.device)]
-        )
+    def some():
+        return torch.randint(len(photos), (cfg.batch,), device=photos.device)
 
     def follow(adam, loss):
         adam.zero_grad()
@@ -100,22 +102,23 @@ def game(D, G, adam_d, adam_g, photos, cfg):
 
     def step_d():
         D.requires_grad_(True)
+        who = some()
         with torch.no_grad():
-            generated = generate(G, cfg.batch)
-        real_logits, fake_logits = D(real()), D(generated)
-        loss = discriminator_loss(real_logits, fake_logits)
+            generated = generate(G, z[who], stray)
+        real, fake = D(pool.as_images(photos[who])), D(generated)
+        loss = discriminator_loss(real, fake)
         follow(adam_d, loss)
-        return torch.stack([loss, real_logits.mean(), fake_logits.mean()]).detach()
+        return torch.stack([loss, real.mean(), fake.mean()]).detach()
 
     def step_r1():
         D.requires_grad_(True)
-        penalty = r1_penalty(D, real())
+        penalty = r1_penalty(D, pool.as_images(photos[some()]))
         follow(adam_d, cfg.r1 / 2 * cfg.r1_every * penalty)
         return penalty.detach()
 
     def step_g():
         D.requires_grad_(False)
-        loss = generator_loss(D(generate(G, cfg.batch)))
+        loss = generator_loss(D(generate(G, z[some()])))
         follow(adam_g, loss)
         return loss.detach()
 
@@ -133,15 +136,13 @@ def report(D, G, source, seed=50_000, n=512, threads=0):
     device, judge = G.w_avg.device, load_judge(device=G.w_avg.device)
     rng = torch.Generator().manual_seed(seed)
     z = torch.randn(n, G.z_dim, generator=rng)
-    persons = faces.persons_from_z(z)
-    drawn = pool.draw(persons, faces.styles_of("photo", n), seed, processes=threads or None)
+    persons, drawn = faces.persons_from_z(z), photos_of(z, seed, threads)
     pictures = {"renders": [], "copy": [], "source": []}
     figures, distance = {}, []
     for part, codes in zip(drawn.split(16), z.to(device).split(16), strict=True):
         pictures["renders"].append(pool.as_images(part.to(device)))
         for name, network in {"copy": G, "source": source}.items():
-            w = network.mapping(codes)
-            pictures[name].append(network.synthesis(w, rng=chance_of(device)))
+            pictures[name].append(generate(network, codes))
         of_copy, of_source = (x.synthesis(x.mapping(codes)) for x in (G, source))
         distance.append(psnr(of_copy, of_source.clamp(-1, 1)))
     for name, parts in pictures.items():
@@ -167,7 +168,8 @@ def main(cfg):
     device = pick_device(cfg.device)
     for path in (cfg.out, cfg.state):
         path.parent.mkdir(parents=True, exist_ok=True)
-    make = functools.partial(photos_of, cfg.pool, cfg.seed, cfg.threads)
+    z = torch.randn(cfg.pool, faces.W_DIM, generator=torch.Generator().manual_seed(cfg.seed))
+    make = functools.partial(photos_of, z, cfg.seed, cfg.threads)
     pool_path = cfg.state.with_name("train_discriminator_pool.pt")
     photos = pool.kept(pool_path, make, n=cfg.pool, seed=cfg.seed).to(device)
     torch.manual_seed(cfg.seed)
@@ -195,12 +197,12 @@ def main(cfg):
         save_discriminator(copy.deepcopy(D).half(), cfg.out)
         written = time.time()
 
-    step_d, step_r1, step_g = (
-        recorded(step, device) if cfg.graphs else step
-        for step in game(D, G, adam_d, adam_g, photos, cfg)
-    )
+    stray = torch.zeros((), device=device)
+    steps = game(D, G, adam_d, adam_g, photos, z.to(device), stray, cfg)
+    step_d, step_r1, step_g = (recorded(step, device) if cfg.graphs else step for step in steps)
     penalty = loss_g = torch.zeros(())
     for step in trange(done, cfg.steps, desc="discriminator", disable=None):
+        stray.fill_(cfg.stray * max(0, 1 - step / max(1, cfg.rest)))
         figures = step_d()
         if step % cfg.r1_every == 0:
             penalty = step_r1()
