@@ -162,9 +162,9 @@ def test_r1_is_the_mean_square_of_the_slope():
     slope, images = waves(3, 8, 8), normal(5, 3, 8, 8).double()
     k = torch.tensor(2.0, requires_grad=True)
     penalty = r1_penalty(lambda x: k * (x * slope).sum((1, 2, 3))[:, None], images)
-    close(penalty, float(4 * slope.square().sum()))
+    torch.testing.assert_close(penalty, 4 * slope.square().sum())
     penalty.backward()
-    close(k.grad, float(4 * slope.square().sum()))
+    torch.testing.assert_close(k.grad, 4 * slope.square().sum().float())
     assert not images.requires_grad and images.grad is None
 
 
@@ -183,7 +183,7 @@ def test_length_of_paths():
                 step[:, i, j] = e
                 change = (G.synthesis(ws + step) - G.synthesis(ws - step)) / (2 * e)
                 J[:, i, j] = (change * y).sum((1, 2, 3)) / 8
-    close(length, J.square().sum(2).mean(1).sqrt().tolist())
+    torch.testing.assert_close(length, J.square().sum(2).mean(1).sqrt(), rtol=1e-6, atol=0)
     weight = G.convs[0].conv.weight
 
     def lengths(weight):
@@ -256,11 +256,11 @@ def test_round_trip(tmp_path, kwargs):
 
 
 def test_a_clamp_bounds_every_convolution():
-    D, images = small(conv_clamp=0.25), normal(4, 3, 8, 8)
-    block = D.convs[1]
-    h = block.conv2(block.conv1(D.convs[0](images)))
-    assert h.abs().max() == 0.25
-    assert not torch.equal(small()(images), D(images))
+    D, outputs = small(conv_clamp=0.25), []
+    for layer in (D.convs[0], D.convs[1].conv1, D.convs[1].conv2, D.final_conv):
+        layer.register_forward_hook(lambda module, args, y: outputs.append(y.abs().max()))
+    D(100 * normal(4, 3, 8, 8))
+    assert outputs[0] == outputs[1] == 0.25 and max(outputs) == 0.25 and len(outputs) == 4
 
 
 def changed(**tensors):
@@ -347,7 +347,8 @@ def test_each_step_trains_its_own_network():
     cfg = training.Config(batch=4, r1=1e3)
     photos = (127.5 * (normal(9, 3, 8, 8).clamp(-1, 1) + 1)).to(torch.uint8)
     adams = (training.optimiser(x.parameters(), 0.01, 0, torch.device("cpu")) for x in (D, G))
-    step_d, step_r1, step_g = training.game(D, G, *adams, photos, cfg)
+    steps = training.game(D, G, *adams, photos, normal(9, 3), torch.tensor(0.5), cfg)
+    step_d, step_r1, step_g = steps
     for step, moved in ((step_d, D), (step_r1, D), (step_g, G), (step_d, D)):
         before = {x: [p.clone() for p in x.parameters()] for x in (D, G)}
         assert step().isfinite().all()
@@ -366,6 +367,17 @@ def test_optimiser_with_lazy_regularisers():
     close(adam.defaults["lr"], 0.001882, rtol=1e-3)
     assert adam.defaults["betas"][0] == 0
     close(adam.defaults["betas"][1], 0.990585, rtol=1e-6)
+
+
+def test_codes_stray_by_so_much():
+    torch.manual_seed(0)
+    G = Generator(8, {4: 4, 8: 3}, w_dim=3, n_mlp=1).requires_grad_(False)
+    codes, z = [], normal(2000, 3)
+    G.synthesis = lambda w, rng: codes.append(w)
+    for stray in (0.0, 0.5):
+        training.generate(G, z, stray)
+    assert torch.equal(codes[0], G.mapping(z))
+    close((codes[1] - codes[0]).std(), 0.5, rtol=0.05)
 
 
 @pytest.mark.slow

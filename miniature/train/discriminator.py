@@ -210,7 +210,7 @@ def main(cfg):
             loss_g = step_g()
         done = step + 1
         checkpoint()
-        if done % 250 == 0 or done == cfg.steps:
+        if done % 100 == 0 or done == cfg.steps:
             loss, of_real, of_fake = figures.tolist()
             print(
                 f"{done}: loss {loss:.3f}, mean logits {of_real:.2f} and {of_fake:.2f}, "
