@@ -380,6 +380,12 @@ def test_codes_stray_by_so_much():
     close((codes[1] - codes[0]).std(), 0.5, rtol=0.05)
 
 
+@pytest.mark.parametrize("wrong", [{"batch": 6}, {"held_out": 0}])
+def test_training_refuses_what_makes_no_groups(wrong):
+    with pytest.raises(SystemExit, match="^--[a-z-]* is [06]; wanted: a multiple of 4"):
+        training.main(training.Config(**wrong))
+
+
 @pytest.mark.slow
 def test_training_goes_on_where_it_stopped(tmp_path, capsys):
     cfg = training.Config(

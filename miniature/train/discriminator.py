@@ -48,13 +48,14 @@ class Config:
     slower: float = 10.0  # The copy's rate is so many times smaller.
     r1: float = 0.1  # Gamma of R1.
     r1_every: int = 16  # Steps from one R1 to the next.
-    held_out: int = 512  # Pictures of each kind in the report.
+    held_out: int = 512  # Pictures of each kind in the report; a multiple of 4.
     seed: int = 4000  # Of the weights, the batches and the pool.
     device: str = "auto"  # cpu, cuda ...; auto: the GPU if there is one.
     graphs: bool = True  # On a GPU, record each kind of step once and replay it.
     threads: int = 0  # CPU threads, and processes that draw; 0 is torch's choice, and all.
     out: Path = Path("runs/discriminator.pt")  # miniature/weights/discriminator.pt at a release.
-    state: Path = Path("runs/train_discriminator.pt")  # Resumed from, if there; beside the pool.
+    # Resumed from, if it is there, on the same kind of device; beside the pool.
+    state: Path = Path("runs/train_discriminator.pt")
 
 
 def photos_of(z, seed, threads=0):
@@ -163,6 +164,11 @@ def report(D, G, source, seed=50_000, n=512, threads=0):
 
 
 def main(cfg):
+    for flag, value in {"--batch": cfg.batch, "--held-out": cfg.held_out}.items():
+        if value < 4 or value % 4:
+            raise SystemExit(
+                f"{flag} is {value}; wanted: a multiple of 4, the discriminator's groups"
+            )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device = pick_device(cfg.device)
