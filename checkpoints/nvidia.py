@@ -1,4 +1,4 @@
-"""NVIDIA's generators: stylegan2-ada-pytorch, and StyleGAN2 in the stylegan3 repository.
+"""NVIDIA's networks: stylegan2-ada-pytorch, and StyleGAN2 in the stylegan3 repository.
 
 What their modules, tensors and attributes mean is in the published `training/networks.py` and
 `training/networks_stylegan2.py`. No weight has to be turned or scaled to be one of ours.
@@ -14,6 +14,15 @@ _WANTED = {
     r"mapping\.fc\d+": {"activation": "lrelu", "bias_gain": 0.01},
     r"mapping\.embed|.*\.affine": {"activation": "linear", "bias_gain": 1},
     r"synthesis\.b\d+\.conv[01]": {"activation": "lrelu", "use_noise": True},
+}
+_WANTED_OF_D = {
+    r"": {"img_channels": 3, "c_dim": 0},
+    r"b\d+": {"architecture": "resnet"},
+    r"b\d+\.(fromrgb|conv[01])|b4\.conv": {"activation": "lrelu"},
+    r"b\d+\.skip": {"activation": "linear", "conv_clamp": None},
+    r"b4\.mbstd": {"num_channels": 1},
+    r"b4\.fc": {"activation": "lrelu", "bias_gain": 1},
+    r"b4\.out": {"activation": "linear", "bias_gain": 1},
 }
 # Tensors of a layer. Ours: theirs.
 _LINEAR = {"weight": "weight", "bias": "bias"}
@@ -33,26 +42,13 @@ def read_nvidia(module, read):
     read: (name, StoredTensor) -> tensor.
     Raises CheckpointError if it is no StyleGAN2 generator, or of a kind that our network is not.
     """
-    modules, tensors = _flatten(module)
+    modules, tensors = _flatten(module, "G_ema")
     if "synthesis.input" in modules:
         raise CheckpointError("G_ema is a StyleGAN3 generator; wanted: a StyleGAN2 generator")
     sizes = sorted(int(name[11:]) for name in modules if re.fullmatch(r"synthesis\.b\d+", name))
     if len(sizes) < 2 or sizes != [4 << k for k in range(len(sizes))]:
         raise CheckpointError("G_ema is no StyleGAN2 generator: its blocks are not 4, 8, 16, ...")
-
-    def attribute(name, key, default):
-        value = modules[name].state.get(key, default)
-        if value is not None and type(value) not in (bool, int, float, str):
-            where = f"{name}.{key}".lstrip(".")
-            raise CheckpointError(f"G_ema.{where} is a {type(value).__name__}; wanted: a number")
-        return value
-
-    for pattern, attributes in _WANTED.items():
-        for name in filter(re.compile(pattern).fullmatch, modules):
-            for key, wanted in attributes.items():
-                if (found := attribute(name, key, wanted)) != wanted:
-                    where = f"{name}.{key}".lstrip(".")
-                    raise CheckpointError(f"G_ema.{where} is {found!r:.40}; wanted: {wanted!r}")
+    attribute = _attributes(modules, _WANTED, "G_ema")
     blocks = [f"synthesis.b{size}" for size in sizes]
     layers = [name for name in modules if re.fullmatch(r"synthesis.*\.(conv[01]|torgb)", name)]
     architectures = {attribute(name, "architecture", "skip") for name in blocks}
@@ -86,7 +82,79 @@ def read_nvidia(module, read):
     return config, state, None if w_avg is None else read("mapping.w_avg", w_avg)
 
 
-def _flatten(root):
+def read_nvidia_discriminator(module, read):
+    """A Module -> (the arguments of Discriminator, its state dict); else as `read_nvidia`."""
+    modules, tensors = _flatten(module, "D")
+    sizes = sorted(int(name[1:]) for name in modules if re.fullmatch(r"b\d{1,9}", name))
+    if len(sizes) < 2 or sizes != [4 << k for k in range(len(sizes))]:
+        raise CheckpointError("D is no StyleGAN2 discriminator: its blocks are not 4, 8, 16, ...")
+    attribute = _attributes(modules, _WANTED_OF_D, "D")
+    if "b4.mbstd" not in modules:
+        raise CheckpointError("D has no 'b4.mbstd'; wanted: a minibatch standard deviation")
+    layers = [name for name in modules if re.fullmatch(r"b\d+\.(fromrgb|conv[01]?)", name)]
+    clamps = {attribute(name, "conv_clamp", None) for name in layers}
+    if len(clamps) != 1:
+        raise CheckpointError("D: its blocks differ in conv_clamp")
+    names = _names_of_d(sizes)
+    if missing := [name for name in names.values() if name not in tensors]:
+        raise CheckpointError(f"D lacks {some(missing)}")
+    unused = sorted(tensors.keys() - names.values())
+    if extra := [name for name in unused if not name.endswith("resample_filter")]:
+        raise CheckpointError(f"D is not a plain StyleGAN2 discriminator, it has {some(extra)}")
+    state = {ours: read(theirs, tensors[theirs]) for ours, theirs in names.items()}
+    biases = {4: "b4.conv.bias"} | {size: f"b{size}.conv0.bias" for size in sizes[1:]}
+    ours_of = {theirs: ours for ours, theirs in names.items()}
+    return {
+        "resolution": sizes[-1],
+        "channels": {size: state[ours_of[theirs]].numel() for size, theirs in biases.items()},
+        "stddev_group": attribute("b4.mbstd", "group_size", 4),
+        "conv_clamp": clamps.pop(),
+    }, state
+
+
+def _names_of_d(sizes):
+    """{our name: NVIDIA's} of all tensors of a discriminator, sizes 4, 8, ..., R."""
+    first = f"b{sizes[-1]}.fromrgb"
+    layers = {"convs.0.0.weight": f"{first}.weight", "convs.0.1.bias": f"{first}.bias"}
+    for k, size in enumerate(reversed(sizes[1:]), 1):
+        layers |= {
+            f"convs.{k}.conv1.0.weight": f"b{size}.conv0.weight",
+            f"convs.{k}.conv1.1.bias": f"b{size}.conv0.bias",
+            f"convs.{k}.conv2.0.kernel": f"b{size}.conv1.resample_filter",
+            f"convs.{k}.conv2.1.weight": f"b{size}.conv1.weight",
+            f"convs.{k}.conv2.2.bias": f"b{size}.conv1.bias",
+            f"convs.{k}.skip.0.kernel": f"b{size}.skip.resample_filter",
+            f"convs.{k}.skip.1.weight": f"b{size}.skip.weight",
+        }
+    last = {"final_conv.0.weight": "conv.weight", "final_conv.1.bias": "conv.bias"}
+    for i, name in enumerate(("fc", "out")):
+        last |= {f"final_linear.{i}.{kind}": f"{name}.{kind}" for kind in ("weight", "bias")}
+    return layers | {ours: f"b4.{theirs}" for ours, theirs in last.items()}
+
+
+def _attributes(modules, wanted, network):
+    """attribute(module's name, key, default) -> its value, a plain one.
+
+    Raises CheckpointError, also now, if those in `wanted` have other values. network: its name.
+    """
+
+    def attribute(name, key, default):
+        value = modules[name].state.get(key, default)
+        if value is not None and type(value) not in (bool, int, float, str):
+            where, kind = f"{name}.{key}".lstrip("."), type(value).__name__
+            raise CheckpointError(f"{network}.{where} is a {kind}; wanted: a number")
+        return value
+
+    for pattern, attributes in wanted.items():
+        for name in filter(re.compile(pattern).fullmatch, modules):
+            for key, value in attributes.items():
+                if (found := attribute(name, key, value)) != value:
+                    where = f"{name}.{key}".lstrip(".")
+                    raise CheckpointError(f"{network}.{where} is {found!r:.40}; wanted: {value!r}")
+    return attribute
+
+
+def _flatten(root, network):
     """All modules from `root` down, and all their tensors, by dotted name."""
     modules, tensors, todo, parts = {}, {}, {"": root}, 0
     while todo:
@@ -94,15 +162,15 @@ def _flatten(root):
         if isinstance(module, Module):  # what has the same parts as another one counts as well
             parts += 1 + sum(len(module.state[k]) for k in ("_modules", "_parameters", "_buffers"))
         if not isinstance(module, Module) or parts > 10_000 or len(module.state) > 300:
-            raise CheckpointError(f"G_ema.{name} is no module, or one of too many")
+            raise CheckpointError(f"{network}.{name} is no module, or one of too many")
         for key, value in module.state.items():  # it may be another network
             if isinstance(value, Opaque) and not value.known:
-                raise CheckpointError(f"{f'G_ema.{name}'.rstrip('.')} has {key!r:.80}: {value}")
+                raise CheckpointError(f"{f'{network}.{name}'.rstrip('.')} has {key!r:.80}: {value}")
         modules[name] = module
         for kind, found in ("_modules", todo), ("_parameters", tensors), ("_buffers", tensors):
             for key, value in module.state[kind].items():
                 if len(key) > 40 or not key.isidentifier() or len(name) > 80:
-                    raise CheckpointError(f"G_ema.{name[:80]} has a part {key[:40]!r}")
+                    raise CheckpointError(f"{network}.{name[:80]} has a part {key[:40]!r}")
                 if value is not None:
                     found[f"{name}.{key}".lstrip(".")] = value
     return modules, tensors

@@ -1,12 +1,14 @@
-"""StyleGAN2 in plain PyTorch: its three operations and its generator."""
+"""StyleGAN2 in plain PyTorch: its three operations, its generator and its discriminator."""
 
 from .bias_act import bias_act
+from .discriminator import Discriminator
 from .generator import Generator
 from .modulated_conv import modulated_conv2d
 from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "CheckpointError",
+    "Discriminator",
     "Generator",
     "bias_act",
     "load_generator",

@@ -90,16 +90,16 @@ class _Editable(pickle.Unpickler):
         return dict if module == "dnnlib.util" else super().find_class(module, name)
 
 
-def network(name, path="", **changes):
-    """G_ema of golden/nvidia_<name>.pkl, read by Python's own unpickler.
+def network(name, path="", part="G_ema", **changes):
+    """A part of golden/nvidia_<name>.pkl, read by Python's own unpickler.
 
     With other attributes, tensors or modules in the module at `path`.
     """
     with open(GOLDEN / f"nvidia_{name}.pkl", "rb") as file:
-        root = _Editable(file).load()["G_ema"]
+        root = _Editable(file).load()[part]
     state = root.args[0]["state"]
-    for part in filter(None, path.split(".")):
-        state = state["_modules"][part].args[0]["state"]
+    for step in filter(None, path.split(".")):
+        state = state["_modules"][step].args[0]["state"]
     parts = [state[kind] for kind in ("_parameters", "_buffers", "_modules")]
     for name, value in changes.items():
         next((part for part in parts if name in part), state)[name] = value
