@@ -216,7 +216,9 @@ def table(rows, cfg):
         if {"ipl", "nada"} <= set(cfg.methods):
             pairs = zip(kinds["ipl"], kinds["nada"], strict=True)
             kinds["ipl − nada"] = [{k: a[k] - b[k] for k in SHOWN} for a, b in pairs]
-        lines += [f"### {target}", "", f"| direction | {' | '.join(SHOWN)} |"]
+        panel = file_of(cfg, target, suffix=".png").name
+        lines += [f"### {target}", "", f"![{target}: photo, adapted, truth]({panel})", ""]
+        lines += [f"| direction | {' | '.join(SHOWN)} |"]
         lines += ["| --- |" + " --- |" * len(SHOWN)]
         lines += [f"| {name} | {' | '.join(cells(found))} |" for name, found in kinds.items()]
         lines.append("")
