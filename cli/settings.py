@@ -58,7 +58,7 @@ MINIATURE = Settings(
 
 # The embedded diffusion model, of 64 pixels; its bank is 64 rendered photos.
 MINIATURE_DDPM = replace(
-    MINIATURE, generator=EMBEDDED, bank=64, lr=5e-5, betas=(0.9, 0.99), plain_adam=True,
+    MINIATURE, generator=EMBEDDED, bank=64, lr=1.5e-4, betas=(0.9, 0.99), plain_adam=True,
     steps=100, ema=0.95, crop=0.15, lambda_l1=0.3, freeze="",
 )  # fmt: skip
 
