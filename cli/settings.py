@@ -151,8 +151,10 @@ def parse(argv, describe=True):
     )  # fmt: skip
     values = {name: x for group in vars(found).values() for name, x in vars(group).items()}
     targets = values.pop("target") or (default.target,)
-    paths = {name: expand(values[name]) for name in ("generator", "out")}
-    paths["clip"] = tuple(map(expand, values["clip"]))
+    paths = {name: expand(values[name]) for name in ("generator", "images", "out")}
+    paths["clip"] = clips = tuple(map(expand, values["clip"]))
+    if values["clip_weights"] == default.clip_weights:  # the preset's weight is of each CLIP
+        paths["clip_weights"] = default.clip_weights[:1] * max(1, len(clips))
     return [Settings(**values | paths, target=target) for target in targets]
 
 

@@ -221,6 +221,14 @@ def table(rows, cfg):
         lines += [f"| direction | {' | '.join(SHOWN)} |"]
         lines += ["| --- |" + " --- |" * len(SHOWN)]
         lines += [f"| {name} | {' | '.join(cells(found))} |" for name, found in kinds.items()]
+        if "forms" in kinds["truth"][0]:
+            known = {
+                m: [row["forms"] for row in found]
+                for m, found in kinds.items()
+                if "forms" in found[0]
+            }
+            shares = ", ".join(f"{m} {sum(x) / len(x):.2f}" for m, x in known.items())
+            lines += ["", f"Drawn in their own form: {shares}."]
         lines.append("")
     return "\n".join(lines)
 

@@ -15,8 +15,9 @@ def recorded(step, device, first=3):
 
     A step of many small operations costs a GPU more to be told than to do. step: a function without
     arguments that reads and writes the same tensors each time, never waits for a result, draws its
-    chance from torch's own generators, and returns a tensor. An optimiser in it is made with
-    capturable=True, its rate a tensor. The first steps run as they are: they make what lasts.
+    chance from torch's own generators, and returns a tensor, which the next call overwrites. An
+    optimiser in it is made with capturable=True, its rate, if it changes, a tensor. The first steps
+    run as they are: they make what lasts.
     """
     if device.type != "cuda":
         return step

@@ -474,11 +474,10 @@ def deflate(stored, path):
 
 def schedule(cfg, step):
     """At a step: the side of the pictures, the learning rate, the largest radius of an attack."""
-    small = step < cfg.small_steps
+    small, last = step < cfg.small_steps, step - cfg.small_steps - cfg.large_steps
+    if last >= 0:
+        return 128, cfg.text_lr * (0.5 + 0.5 * math.cos(last / cfg.text_steps * math.pi)), 0
     t = step / cfg.small_steps if small else (step - cfg.small_steps) / cfg.large_steps  # 0 to 1
-    if t >= 1:
-        t = (step - cfg.small_steps - cfg.large_steps) / cfg.text_steps
-        return 128, cfg.text_lr * (0.5 + 0.5 * math.cos(t * math.pi)), 0
     warm, decay = min(1, t * 20 + 0.02), 0.5 + 0.5 * math.cos(t * math.pi)
     epsilon = 0 if small else cfg.epsilon * min(1, max(0, (t - 0.05) / 0.2))
     return (64 if small else 128), cfg.lr * (1 if small else 0.6) * warm * decay, epsilon
@@ -647,6 +646,10 @@ def main(cfg):
             batch = {name: x.to(device) for name, x in told.items()}
             batch["epsilon"] = torch.zeros((), device=device)
         if step in (done, *begins):  # a stage begins, or goes on
+            if saved:
+                torch.set_rng_state(saved["rng"].cpu())
+                if device.type == "cuda":
+                    torch.cuda.set_rng_state(saved["cuda"].cpu())
             model = build(side, model.state_dict()).to(device).train()
             if step >= begins[2]:
                 model.visual.eval().requires_grad_(False)
@@ -657,10 +660,6 @@ def main(cfg):
                 adam.load_state_dict(saved["adam"])
                 for group in adam.param_groups:
                     group["lr"] = rate
-            if saved:
-                torch.set_rng_state(saved["rng"].cpu())
-                if device.type == "cuda":
-                    torch.cuda.set_rng_state(saved["cuda"].cpu())
             run = recorded(one, device)
             saved = {}
         for name, x in told.items():
