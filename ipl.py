@@ -448,7 +448,7 @@ def select_layers(generator, text_loss, w, k, *, lr=0.01, rng=None, at_once=8):
 
     One step of SGD, -lr * gradient, on the W+ codes of images w [N, w_dim] towards the text moves
     those inputs furthest whose layers can bring it. text_loss: images -> their mean loss, a scalar.
-    No image's gradient depends on another's: at_once of them are in memory.
+    No image's gradient depends on another's: at_once of them are in memory (deviation 8).
     """
     weights = 0
     for codes in w.split(at_once):
@@ -748,6 +748,7 @@ def adapt_generator(
 def adapt(cfg, generator, clips, *, rng, draw_z=None, steps=progress, **of_stage_2):
     """Both stages -> the adapted generator, a mapper for each CLIP (none for NADA), the history.
     draw_z, steps: of both stages; of_stage_2: further arguments of adapt_generator.
+
     clips = [ipl.load_clip("ViT-B/32", device)]  # of several, rows of stage 1 have a "clip"
     rng = torch.Generator().manual_seed(0)
     adapted, mappers, history = ipl.adapt(ipl.Config(), generator, clips, rng=rng)

@@ -153,7 +153,8 @@ def parse(argv, describe=True):
     targets = values.pop("target") or (default.target,)
     paths = {name: expand(values[name]) for name in ("generator", "images", "out")}
     paths["clip"] = clips = tuple(map(expand, values["clip"]))
-    if values["clip_weights"] == default.clip_weights:  # the preset's weight is of each CLIP
+    if not any(word.startswith(("--clip-weights", "--clip_weights")) for word in argv):
+        # the preset's weight is of each CLIP
         paths["clip_weights"] = default.clip_weights[:1] * max(1, len(clips))
     return [Settings(**values | paths, target=target) for target in targets]
 

@@ -22,11 +22,11 @@ one more is
 
 With --run it only reads one finished run. A row is the mean over the seeds, +- half the 95%
 interval of Student's t; differences are of runs of one seed (stage 1 draws from the same
-generator, so IPL's stage 2 sees other latents than NADA's). Each cue, `source`, `inception` and
-`forms` are in the JSON file only. The true pictures are drawn before the runs, by all processors.
-Whatever is finished is kept in the folder of --out, so a stopped evaluation goes on where it was;
-the same command with fewer targets or seeds writes the table of those. The head of the table says
-how long its runs took.
+generator, so IPL's stage 2 sees other latents than NADA's). `forms` stands below the table;
+each cue, `source` and `inception` are in the JSON file only. The true pictures are drawn before
+the runs, by all processors. Whatever is finished is kept in the folder of --out, so a stopped
+evaluation goes on where it was; the same command with fewer targets or seeds writes the table of
+those. The head of the table says how long its runs took.
 """
 
 import copy
@@ -233,15 +233,15 @@ def table(rows, cfg):
     return "\n".join(lines)
 
 
-def picture(rows, path, side=faces.SIZE):
-    """A labelled panel: rows {name: uint8 [5, 3, SIZE, SIZE]} of five persons, side pixels each."""
-    margin, font = 64, ImageFont.load_default(14)
+def picture(rows, path):
+    """A labelled panel: rows {name: uint8 [5, 3, SIZE, SIZE]} of five persons."""
+    margin, side, font = 64, faces.SIZE, ImageFont.load_default(14)
     image = Image.new("RGB", (margin + 5 * side, side * len(rows)), "white")
     pen = ImageDraw.Draw(image)
     for j, (name, images) in enumerate(rows.items()):
         pen.text((margin - 8, side * j + side // 2), name, "black", font, anchor="rm")
-        strip = Image.fromarray(torch.cat(list(images), dim=-1).permute(1, 2, 0).numpy())
-        image.paste(strip.resize((5 * side, side), Image.Resampling.LANCZOS), (margin, side * j))
+        strip = torch.cat(list(images), dim=-1).permute(1, 2, 0)
+        image.paste(Image.fromarray(strip.numpy()), (margin, side * j))
     for colors in (256, 128, 96, 64, 32):  # as many as 200 KB hold
         file = io.BytesIO()
         image.quantize(colors, kmeans=2).save(file, "PNG", optimize=True)

@@ -83,6 +83,9 @@ def test_defaults_are_those_of_the_generator(folder):
             for words in (["--generator", name], [f"--generator={name}"]):
                 (settings,) = parse(words)
                 assert settings.lr == preset.lr and settings.bank == preset.bank
+        words = ["--generator", "ddpm.ckpt", "--clip", "a", "b"]  # each has the preset's weight
+        assert parse(words)[0].clip_weights == 2 * DIFFUSIONCLIP.clip_weights
+        assert parse([*words, "--clip-weights", "3"])[0].clip_weights == (3.0,)  # as it was given
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 5])
