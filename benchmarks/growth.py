@@ -26,7 +26,7 @@ from benchmarks import worlds
 from benchmarks.measure import aligned, clock, hardware, write_json
 from benchmarks.step import run_ours
 from checkpoints.files import write_atomically
-from cli.processes import keep_memory, pick_device, plain_words
+from cli.processes import keep_memory, leave, pick_device, plain_words
 from cli.run_folder import make_folder
 
 SHARED = 8  # batch of all processes
@@ -85,6 +85,7 @@ def worker(rank, processes, folder, build, resolution, repeats):
     if rank == 0:
         Path(folder, "seconds.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
+    leave()
 
 
 def over_processes(processes, build, resolution, repeats):

@@ -76,7 +76,6 @@ def test_steps_from_end_to_end(tmp_path, capsys, monkeypatch, flags):
             zero = {name for name, seconds in parts.items() if seconds <= 0}
             of_stage_2 = {"layer choice", "trainable generator", "CLIP of target"}
             assert zero == (of_stage_2 if row["stage"] == 1 else set())
-            assert sum(parts.values()) == pytest.approx(row["seconds"][way], rel=5)
 
 
 @pytest.mark.parametrize(

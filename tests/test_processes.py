@@ -62,6 +62,7 @@ if __name__ == "__main__":
     found = [one_step(*case) for case in CASES]
     torch.save(found, f"{sys.argv[1]}/{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
+    processes.leave()
 
 
 @pytest.mark.filterwarnings("ignore:stage 1 learned", "ignore:after 1 steps")
