@@ -594,7 +594,6 @@ def train_mapper(
         domain_source = domain_loss(t_source, label_source)
         loss = contrastive + cfg.lambda_domain * (domain + cfg.lambda_source * domain_source)
         loss = loss + cfg.lambda_image * domain_loss(t_source, image_features)  # deviation 12
-
         optimizer.zero_grad()
         loss.backward(inputs=parameters)
         gradients = [p.grad for p in parameters]
@@ -645,14 +644,16 @@ def crop_images(images, windows):
 @plain_torch()
 def adapt_generator(
     cfg, generator, clips, directions, *, rng,
-    target=None, layers=None, draw_z=None, source_images=None, more_loss=None, steps=progress,
+    target=None, layers=None, texts=None, draw_z=None, source_images=None, more_loss=None,
+    steps=progress,
 ):  # fmt: skip
     """Stage 2, equation (9) -> the moving average of the adapted generator, and a history.
 
     clips: (clip_model, transform) of each CLIP; their losses are summed, with cfg.clip_weights.
     directions: one for each, of prompt_directions, label_direction, or yours.
     target: what to train, in place; else a copy of the generator, which itself stays as it is.
-    layers: the W modules to choose from, else target.layers(). rng, draw_z, steps: as in stage 1;
+    layers: the W modules to choose from, else target.layers(). texts: what the choice looks for,
+    features [e] for each CLIP, else those of the bare label. rng, draw_z, steps: as in stage 1;
     the images' z is drawn before that of the layer choice. The average starts at `generator`.
     source_images: z -> x_source, else the generator's. more_loss: (x_source, x_target) -> [B], what
     each image adds to its loss, as for an identity that shall stay.
@@ -676,7 +677,7 @@ def adapt_generator(
     mapping = torch.no_grad()(source.mapping)
     encoders = [image_encoder(model, transform, cfg) for model, transform in clips]
     with torch.no_grad():
-        texts = [encode_texts(model, cfg.target)[0] for model, _ in clips]  # the bare label
+        texts = texts or [encode_texts(model, cfg.target)[0] for model, _ in clips]
 
     def text_loss(images):  # of the layer choice
         parts = zip(weights, encoders, texts, strict=True)
@@ -708,7 +709,6 @@ def adapt_generator(
                 )
         for p in [p for j in chosen for p in trainable[j]]:
             p.requires_grad_()
-
         windows = random_windows(cfg.batch, cfg.crop, rng) if cfg.crop else None  # deviation 9
         with half_precision(cfg, w, "all"):
             with torch.no_grad():
@@ -725,7 +725,6 @@ def adapt_generator(
             d = directional_loss(delta_image, delta_text, cfg.eps)
             loss = loss + weight * (-(1 - d / 2).log() if cfg.log_loss else d)
             lengths.append(delta_image.norm(dim=-1).mean())
-
         if more_loss:
             loss = loss + gather(more_loss(x_source, x_target)).mean()
         optimizer.zero_grad()  # to None, so that Adam passes over the layers not chosen
@@ -745,9 +744,10 @@ def adapt_generator(
 
 
 @plain_torch()
-def adapt(cfg, generator, clips, *, rng, draw_z=None, steps=progress, **of_stage_2):
+def adapt(cfg, generator, clips, *, rng, draw_z=None, steps=progress, redirect=list, **of_stage_2):
     """Both stages -> the adapted generator, a mapper for each CLIP (none for NADA), the history.
-    draw_z, steps: of both stages; of_stage_2: further arguments of adapt_generator.
+    draw_z, steps: of both stages; redirect: directions -> those of stage 2, as to mix in others;
+    of_stage_2: further arguments of adapt_generator.
 
     clips = [ipl.load_clip("ViT-B/32", device)]  # of several, rows of stage 1 have a "clip"
     rng = torch.Generator().manual_seed(0)
@@ -763,6 +763,7 @@ def adapt(cfg, generator, clips, *, rng, draw_z=None, steps=progress, **of_stage
             mappers.append(mapper)
             directions.append(prompt_directions(cfg, clip_model, mapper))
             history += [{**row, "clip": i} for row in rows] if len(clips) > 1 else rows
+    directions = redirect(directions)
     adapted, rows = adapt_generator(cfg, generator, clips, directions, **shared, **of_stage_2)
     return adapted, mappers, history + rows
 
@@ -782,8 +783,7 @@ def sample_grid(source, target, *, n=8, seed=0, truncation_psi=0.7, columns=8):
         w = truncate(source.mapping(z), source.w_avg, truncation_psi)  # deviation 7
         for generator in (source, target):
             row = torch.cat(list(generator.synthesis(w)), dim=-1)  # [3, R, len(z) R]
-            missing = (min(n, columns) - len(z)) * row.shape[-2]
-            rows.append(F.pad(row, (0, missing), value=1))
+            rows.append(F.pad(row, (0, (min(n, columns) - len(z)) * row.shape[-2]), value=1))
     grid = ((torch.cat(rows, dim=-2) + 1) * 127.5).round().clamp(0, 255)
     if not grid.isfinite().all():
         raise ValueError("images that are not finite; wanted: generators with sound weights")

@@ -13,7 +13,7 @@ import miniature
 from checkpoints import load_generator
 from checkpoints.clip import read_clip
 from checkpoints.download import split_url
-from cli import diffusion, pictures, processes
+from cli import diffusion, image_targets, pictures, processes
 from cli.keeper import Keeper
 from cli.run_folder import FILES, find_generator, folder_of, save_run
 from cli.settings import EMBEDDED, check, check_layers, check_shares
@@ -26,6 +26,11 @@ from miniature.truth import Truth, true_pairs
 def of_miniature(settings):
     """Whether the generator is one of the embedded world."""
     return settings.generator in (None, EMBEDDED)
+
+
+def asks_for_words(settings):
+    """Whether the target is given in words, and not in pictures alone."""
+    return settings.target_images is None or settings.image_weight < 1
 
 
 def load_source(settings, device):
@@ -55,30 +60,30 @@ def load_clips(settings, device):
 
 
 def prepare(settings):
-    """What can refuse a run, before it writes: -> its Keeper, its generator, its CLIPs, and
-    for a diffusion model its pictures, else None."""
+    """What can refuse a run, before it writes: -> its Keeper, its generator, its CLIPs, its
+    pictures, if it is of a diffusion model, and its target pictures, else None."""
     check(settings)
     if of_miniature(settings) and not settings.clip:
-        miniature.check_labels(settings.source, settings.target)
+        miniature.check_labels(settings.source, *[settings.target] * asks_for_words(settings))
     processes.choose_kernels(settings.deterministic, settings.tf32)
     device = processes.pick_device(settings.device)
     check_shares(settings, ipl.ranks()[1])
     keeper = Keeper(folder_of(settings), settings, device)
     if keeper.finished:
-        return keeper, None, None, None
+        return keeper, None, None, None, None
     with processes.one_at_a_time():
         generator, clips = load_source(settings, device), load_clips(settings, device)
     check_layers(settings, generator)
     processes.warn_of_emulation(settings, device)
     images = diffusion.pictures_of(settings, generator)
-    return keeper, generator, clips, images
+    return keeper, generator, clips, images, image_targets.read(settings, generator)
 
 
 def adapt(settings):
     """Results that are in the folder stay until the new ones are written."""
     if settings.keep_memory:
         processes.keep_memory()
-    keeper, generator, clips, images = prepare(settings)
+    keeper, generator, clips, images, targets = prepare(settings)
     if keeper.finished:
         if ipl.ranks()[0] == 0:
             print(f"{keeper.folder} is a finished run: nothing is left to do")
@@ -91,7 +96,16 @@ def adapt(settings):
             diffusion.fill(generator, images, settings, keeper)
             more = diffusion.arguments(settings, generator, images, rng)
             cfg = diffusion.fitted(settings, images)
-        adapted, mappers, history = ipl.adapt(cfg, generator, clips, rng=rng, steps=keeper, **more)
+        if targets is not None:
+            more |= image_targets.arguments(settings, generator, clips, targets, images)
+        shared = {"rng": rng, "steps": keeper}
+        if asks_for_words(settings):
+            adapted, mappers, history = ipl.adapt(cfg, generator, clips, **shared, **more)
+        else:
+            directions, mappers = more.pop("redirect")([None] * len(clips)), []
+            adapted, history = ipl.adapt_generator(
+                cfg, generator, clips, directions, **shared, **more
+            )
         if ipl.ranks()[0] > 0:
             return
         floor = floor_of_truth(settings, generator, clips, mappers)
@@ -145,7 +159,7 @@ def has_truth(settings):
 @torch.no_grad()
 def floor_of_truth(settings, generator, clips, mappers):
     """Stage 2's loss of the true pairs, or None where there are none."""
-    if not has_truth(settings):
+    if not has_truth(settings) or settings.target_images is not None:
         return None
     pairs = (
         diffusion.true_pairs(settings, generator)

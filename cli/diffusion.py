@@ -57,17 +57,22 @@ def pictures_of(settings, generator):
             raise ValueError("a diffusion model adapts pictures; wanted: --images FOLDER")
         persons = persons_of(settings, n)
         return small(faces.render(persons, faces.styles_of(settings.source.strip(), n)), side)
-    folder = Path(settings.images)
+    pictures = read_pictures("--images", Path(settings.images), side, n)
+    if settings.method == "ipl" and len(pictures) < 2:
+        found = f"--images {settings.images}: one picture"
+        raise ValueError(f"{found}; wanted: two or more, or --method nada")
+    return pictures
+
+
+def read_pictures(flag, folder, side, n=None):
+    """The first n pictures of a folder, by their names: [N, 3, side, side] in [-1, 1]."""
     if not folder.is_dir():
-        raise ValueError(f"--images {folder}: no such folder; wanted: one with pictures")
+        raise ValueError(f"{flag} {folder}: no such folder; wanted: one with pictures")
     paths = sorted(x for x in folder.iterdir() if x.suffix.lower() in SUFFIXES)[:n]
     if not paths:
         wanted = f"a folder with some of {', '.join(sorted(SUFFIXES))}"
-        raise ValueError(f"--images {folder}: there is no picture in it; wanted: {wanted}")
-    pictures = torch.stack([read_picture(path, side) for path in paths])
-    if settings.method == "ipl" and len(pictures) < 2:
-        raise ValueError(f"--images {folder}: one picture; wanted: two or more, or --method nada")
-    return pictures
+        raise ValueError(f"{flag} {folder}: there is no picture in it; wanted: {wanted}")
+    return torch.stack([read_picture(path, side) for path in paths])
 
 
 def read_picture(path, side):

@@ -245,7 +245,7 @@ def read_checkpoint(path):
 def of_the_result(settings):
     """What a run's result depends on: settings by their names, and its files' content."""
     settings = full_paths(settings)
-    named = settings.generator, settings.images, *settings.clip
+    named = settings.generator, settings.images, settings.target_images, *settings.clip
     files = [x for x in named if x and x != EMBEDDED and Path(x).exists()]
     if settings.generator in (None, EMBEDDED):
         files += [miniature.DDPM if settings.generator else miniature.GENERATOR, miniature.CLIP]

@@ -84,10 +84,13 @@ def full_paths(settings):
         return str(Path(name).resolve()) if name and there(Path(name)) else name
 
     images, generator = full(settings.images, Path.is_dir), settings.generator
+    targets = full(settings.target_images, Path.is_dir)
     if generator != EMBEDDED:
         generator = full(generator, Path.exists)
     clips = tuple(full(name) for name in settings.clip)
-    return replace(settings, generator=generator, images=images, clip=clips)
+    return replace(
+        settings, generator=generator, images=images, target_images=targets, clip=clips
+    )
 
 
 def read_config(folder):

@@ -6,6 +6,7 @@ import os
 import re
 import typing
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -43,6 +44,10 @@ class Settings(ipl.Config):
     source_images: Literal["photo", "own"] = "own"  # Pictures, or what the source makes of them.
     lambda_l1: float = 0.0  # Stage 2: weight of the mean distance to the source picture.
 
+    # Folder of pictures of the target: NADA's direction between images, instead of the words'.
+    target_images: str | None = None
+    image_weight: float = 1.0  # Its part, 0 to 1, beside the words' or the prompts' direction.
+
     device: str = "auto"  # auto, cpu, cuda or cuda:<n>.
     deterministic: bool = False  # On a GPU, only kernels that repeat their bits, where there are.
     tf32: bool = False  # On a GPU, TensorFloat-32 for what is not in half precision.
@@ -72,6 +77,7 @@ DIFFUSIONCLIP = Settings(
 GROUPS = {  # of --help
     "what": "source target method generator class_index clip clip_weights",
     "where": "out overwrite resume save_every seed samples truncation_psi",
+    "image_targets": "target_images image_weight",
     "stage_1": "n_ctx ctx_init residual lr_mapper batch_mapper steps_mapper bank lambda_domain "
     "lambda_source lambda_image",
     "stage_2": "lr batch steps ema eps noise crop freeze betas plain_adam growth log_loss",
@@ -150,8 +156,13 @@ def parse(argv, describe=True):
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )  # fmt: skip
     values = {name: x for group in vars(found).values() for name, x in vars(group).items()}
-    targets = values.pop("target") or (default.target,)
-    paths = {name: expand(values[name]) for name in ("generator", "images", "out")}
+    paths = {
+        name: expand(values[name]) for name in ("generator", "images", "target_images", "out")
+    }
+    named = default.target
+    if (folder := paths["target_images"]) is not None and values["image_weight"] == 1:
+        named = Path(folder).resolve().name or named  # no word is asked for: this is but a name
+    targets = values.pop("target") or (named,)
     paths["clip"] = clips = tuple(map(expand, values["clip"]))
     if not any(word.startswith(("--clip-weights", "--clip_weights")) for word in argv):
         # the preset's weight is of each CLIP
@@ -179,6 +190,7 @@ def check(settings, **names):
         ("class_index", lambda x: x >= 0, "0 or more"),
         ("bank", lambda x: x == 0 or settings.batch_mapper <= x < 2**31,
          f"0, or at least {flag('batch_mapper')} {settings.batch_mapper}"),
+        ("image_weight", lambda x: 0 <= x <= 1, "from 0 to 1"),
         ("seed", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
         ("ema crop", lambda x: 0 <= x < 1, "0 or more, and below 1"),
         ("truncation_psi", lambda x: abs(x) <= 1000, "between -1000 and 1000"),
@@ -212,6 +224,11 @@ def check(settings, **names):
         (generator not in (None, EMBEDDED)
          and not split_url(generator) and not os.path.exists(generator),
          f"--generator {generator!r}: no such file; wanted: {WANTED}"),
+        (settings.target_images is not None and settings.image_weight == 1
+         and settings.method == "ipl",
+         "--image-weight 1 leaves the prompts no part; wanted: --method nada, or less, as 0.5"),
+        (settings.target_images is None and settings.image_weight != 1,
+         "--image-weight is of target pictures; wanted: --target-images FOLDER"),
         (settings.resume and settings.overwrite,
          "--resume goes on with a run and --overwrite begins anew; wanted: one"),
         (settings.noise == "fixed" and settings.eps == 0,
