@@ -11,7 +11,7 @@ import torch
 from conftest import GOLDEN, close, normal
 
 import ipl
-from benchmarks import growth, ops, published_order, step, worlds
+from benchmarks import diffusion, growth, ops, published_order, step, worlds
 from checkpoints import load_generator
 
 CFG = ipl.Config(
@@ -121,3 +121,11 @@ def test_a_series_ends_before_it_takes_too_long():
     assert found == {1: 3, 2: 12, 4: 48} and ended == "8 left out: a step could take 192 s"
     assert growth.exponent(found) == pytest.approx(2)
     assert growth.exponent({1: 3.0}) is None
+
+
+def test_checkpointing_saves_memory_and_no_gradient(capsys):
+    diffusion.main("--batch 1 --steps 2 4 --repeats 1".split())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    peaks = [int(line[-2]) for line in lines]
+    assert [line[2] for line in lines] == ["kept", "checkpointed"] * 2
+    assert peaks[1] < 0.8 * peaks[0] and peaks[3] < 1.3 * peaks[1] < peaks[2] / 2  # MB
