@@ -44,7 +44,7 @@ class Config:
     seeds: tuple[int, ...] = (101, 102, 103)  # Of the training runs.
     out: Path = Path("runs/evaluate-diffusion")  # Where results are collected.
     n: int = 64  # Persons that the judge looks at.
-    latents: int = 50_000  # Seed of the persons.
+    latents: int = 53_000  # Seed of the persons; the preset was chosen on those of 50000 and 42000.
     device: str = "cpu"  # cpu, cuda or cuda:<n>; auto.
     preset: Settings = MINIATURE_DDPM  # Of all runs, but for target, method and seed.
 
