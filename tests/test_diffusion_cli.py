@@ -120,6 +120,14 @@ def test_sample_of_other_pictures(folder, finished, tmp_path):
         assert image.height > 3 * 128 and image.width > 3 * 128
 
 
+def test_what_needs_latents_of_a_gan_is_refused(folder, finished, tmp_path):
+    with contextlib.chdir(folder):
+        for words in ("sample --seeds 0-3", "sample --outdir singly", "video --output new.gif"):
+            code, out, err = answer(*words.split(), "--run", finished)
+            assert code == 2 and out == "" and err.count("\n") == 1 and "diffusion model" in err
+            assert not {"grid.png", "singly", "new.gif"} & names(folder)
+
+
 def test_inspect_and_convert(folder, finished, tmp_path):
     with contextlib.chdir(folder):
         said = done("inspect", "ddpm.ckpt")
