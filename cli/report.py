@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from tqdm import tqdm
 
 import ipl
 from checkpoints.files import write_atomically
@@ -33,7 +34,6 @@ FIGURES = {  # of the judge: its words, how it is written
     "identity": ("same person ↑", ".0%"),
     "diversity": ("diversity", ".2f"),
     "structure": ("structure kept", ".2f"),
-    "frechet": ("Fréchet distance ↓", ".2f"),
 }
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1f; --page: #fff; --quiet: #5c5c66; --line: #d5d5dc;
@@ -47,13 +47,15 @@ h1 { font-size: 1.6rem; line-height: 1.25 } h2 { margin-top: 2.2rem; font-size: 
 small, p { color: var(--quiet) } small { display: block; font-weight: normal }
 .scroll { overflow-x: auto } table { border-collapse: collapse; overflow-wrap: normal }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left }
+th[scope=row] { white-space: nowrap }
 td { font-variant-numeric: tabular-nums }
 .grid th, .grid td { padding: 1px; border: 0; text-align: center }
 .grid th[scope=row] { position: sticky; left: 0; min-width: 5rem; max-width: 11rem;
-  padding-right: .6rem; text-align: right; background: var(--page); overflow-wrap: anywhere }
+  padding-right: .6rem; text-align: right; background: var(--page); overflow-wrap: anywhere;
+  white-space: normal }
 .grid img { display: block; width: clamp(72px, 9.5vw, 128px) }
 figure { margin: 1rem 0 } figure img { max-width: 100%; height: auto; background: #fff }
-pre { padding: .8rem; background: var(--shade); white-space: pre-wrap }
+pre { padding: .8rem; background: var(--shade); overflow-x: auto }
 """
 
 
@@ -81,13 +83,15 @@ def report(
     if not abs(psi) <= 1000:
         raise ValueError(f"--truncation-psi must be between -1000 and 1000, not {psi}")
     device = processes.pick_device(device)
-    curves = [curves_of(folder) for folder in folders]
+    trainings = [training_of(folder) for folder in folders]
     make_folder(out.parent)
     names = [folder.absolute().name for folder in folders]
     if len({*names}) < len(names):
         names = [*map(str, folders)]
     rows, judged = pictures_and_figures(folders, found, names, numbers, psi, device)
-    page = page_of(found, names, seeds, psi, rows, judged, curves).encode(errors="backslashreplace")
+    page = page_of(found, names, seeds, psi, rows, judged, trainings).encode(
+        errors="backslashreplace"
+    )
     if len(page) > MOST_BYTES:
         raise ValueError(f"{out} would have {len(page):,} bytes; wanted: fewer --seeds or --run")
     write_atomically(out, lambda aside: aside.write_bytes(page))
@@ -136,12 +140,18 @@ def seeds_of(text):
     raise ValueError(f"--seeds {text!r}; wanted: {wanted}")
 
 
-def curves_of(folder):
-    """The curves of a run's history: the bytes of a .png file."""
+def training_of(folder, last=10):
+    """The curves of a run's history, the bytes of a .png file, and its losses at the end, in
+    words: means of the last steps."""
     path = folder / "history.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return pictures.curves([json.loads(line) for line in lines])
+        history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        losses = {}
+        for row in history:
+            clip = f", CLIP {row['clip'] + 1}" if "clip" in row else ""
+            losses.setdefault(f"stage {row['stage']}{clip}", []).append(row["loss"])
+        ends = [f"{stage} {np.mean(x[-last:]):.3f}" for stage, x in losses.items()]
+        return pictures.curves(history), f"loss of the last {last} steps: {'; '.join(ends)}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"no history of a run ({type(error).__name__})"
         raise ValueError(f"{path}: {why}; wanted: that of a finished run") from error
@@ -155,7 +165,8 @@ def curves_of(folder):
 def pictures_and_figures(folders, found, names, numbers, psi, device, n=64):
     """-> rows (word, small words, pixels [N, 3, R, R]) and rows of the judge's table, or none."""
     z, rows, judged, truths, judge = None, [], [], {}, None
-    for i, (folder, settings) in enumerate(zip(folders, found, strict=True)):
+    bar = tqdm([*zip(folders, found, strict=True)], "runs", disable=None)
+    for i, (folder, settings) in enumerate(bar):
         source, adapted = generators(settings, find_generator(folder), device)
         if z is None:
             drawn = [np.random.RandomState(x).randn(1, source.z_dim) for x in numbers]
@@ -239,7 +250,7 @@ def table(head, rows, kind=""):
     return f'<div class="scroll" tabindex="0"><table class="{kind}">\n{body}\n</table></div>'
 
 
-def page_of(found, names, seeds, psi, rows, judged, curves):
+def page_of(found, names, seeds, psi, rows, judged, trainings):
     """The whole file."""
     sources, targets = ({x: None for x in words} for words in (
         [x.source.strip() for x in found], [x.target.strip() for x in found]
@@ -268,8 +279,8 @@ def page_of(found, names, seeds, psi, rows, judged, curves):
         note = "What the embedded judge sees in 64 other persons, whose latents no training uses."
         parts += ["<h2>Figures</h2>", f"<p>{note}</p>", table(head, figures)]
     parts += ["<h2>Settings</h2>", *settings_of(found, names), "<h2>Training</h2>"]
-    for name, data in zip(names, curves, strict=True):
-        caption = f"<figcaption>{escaped(name)}</figcaption>"
+    for name, (data, losses) in zip(names, trainings, strict=True):
+        caption = f"<figcaption>{escaped(name)}<small>{escaped(losses)}</small></figcaption>"
         image = picture(data, f"losses of each step of {name}")
         parts.append(f"<figure>{caption}{image}</figure>")
     parts.append("<h2>Commands</h2>")

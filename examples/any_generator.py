@@ -68,8 +68,8 @@ def adapt(generator, clip_model, transform, source, target, *, steps, lr, seed=0
 
 
 def main(
-    source: str = "photo", target: str = "sketch", clip: str = "", steps: int = 80,
-    lr: float = 0.002, out: Path = Path("any-generator.png"),
+    source: str = "photo", target: str = "sketch", clip: str = "", steps: int = 60,
+    lr: float = 0.0004, out: Path = Path("any-generator.png"),
 ):  # fmt: skip
     """Adapt the DCGAN, and draw source row over target row of the same latents.
 
