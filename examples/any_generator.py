@@ -1,7 +1,7 @@
 """Any generator: the DCGAN of a PyPI package, made to fit ipl.Generator and adapted by NADA.
 
     pip install --no-deps gan-face-generate
-    python -m examples.any_generator --target sketch
+    python -m examples.any_generator --target anime
 
 A network of yours takes its place: one that draws [B, 3, R, R] in [-1, 1] of [B, z_dim, 1, 1].
 """
@@ -68,7 +68,7 @@ def adapt(generator, clip_model, transform, source, target, *, steps, lr, seed=0
 
 
 def main(
-    source: str = "photo", target: str = "sketch", clip: str = "", steps: int = 60,
+    source: str = "photo", target: str = "anime", clip: str = "", steps: int = 60,
     lr: float = 0.0004, out: Path = Path("any-generator.png"),
 ):  # fmt: skip
     """Adapt the DCGAN, and draw source row over target row of the same latents.
