@@ -48,8 +48,8 @@ small, p { color: var(--quiet) } small { display: block; font-weight: normal }
 .scroll { overflow-x: auto } table { border-collapse: collapse; overflow-wrap: normal }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left }
 th[scope=row] { white-space: nowrap }
-td { font-variant-numeric: tabular-nums }
-.grid th, .grid td { padding: 1px; border: 0; text-align: center }
+td { min-width: 6rem; font-variant-numeric: tabular-nums }
+.grid th, .grid td { min-width: 0; padding: 1px; border: 0; text-align: center }
 .grid th[scope=row] { position: sticky; left: 0; min-width: 5rem; max-width: 11rem;
   padding-right: .6rem; text-align: right; background: var(--page); overflow-wrap: anywhere;
   white-space: normal }
@@ -330,7 +330,7 @@ def settings_of(found, names):
 
 
 def show(value):
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "(none)"
 
 
 def command_of(settings):
