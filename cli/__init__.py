@@ -6,7 +6,18 @@ import unicodedata
 import tyro
 
 import ipl
-from cli import adapt, convert, inspect, listing, processes, run_folder, sample, settings, video
+from cli import (
+    adapt,
+    convert,
+    inspect,
+    listing,
+    processes,
+    report,
+    run_folder,
+    sample,
+    settings,
+    video,
+)  # fmt: skip
 
 
 def main(argv=None):
@@ -22,7 +33,10 @@ def command(argv):
     """Does what is asked for -> the runs that are left to make."""
     check_words(argv)
     if argv and not argv[0].startswith("-"):
-        known = sample.sample, video.video, listing.list, convert.convert, inspect.inspect
+        known = (
+            sample.sample, video.video, report.report, listing.list, convert.convert,
+            inspect.inspect,
+        )  # fmt: skip
         commands = {function.__name__: function for function in known}
         tyro.extras.subcommand_cli_from_dict(commands, prog="ipl.py", args=argv)
         return []

@@ -146,7 +146,8 @@ def test_pictures_are_cropped_to_their_middle(tmp_path):
     pixels = torch.zeros(10, 30, 3, dtype=torch.uint8)
     pixels[:, 10:20] = 255
     Image.fromarray(pixels.numpy()).save(tmp_path / "wide.png")
-    assert (diffusion.read_picture(tmp_path / "wide.png", 10) == 1).all()
+    picture, note = diffusion.read_picture(tmp_path / "wide.png", 10)
+    assert (picture == 1).all() and note == ""
 
 
 # ----------------------------------------------------------------------------------------------
