@@ -4,8 +4,6 @@ import base64
 import html
 import io
 import json
-import re
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,8 +18,8 @@ from checkpoints.files import write_atomically
 from cli import diffusion, pictures, processes
 from cli.adapt import has_truth
 from cli.run_folder import find_generator, make_folder, read_config
-from cli.sample import generators
-from cli.settings import check, expand, flag, preset_of
+from cli.sample import generators, latents_of, seeds_of
+from cli.settings import check, command_of, expand, flag, preset_of
 from miniature import faces
 from miniature.judge import load_judge
 from miniature.truth import Truth, as_pixels
@@ -76,7 +74,7 @@ def report(
     folders, out = [Path(expand(x)) for x in run], Path(expand(out))
     found = [seen(folder) for folder in folders]
     check_fit(folders, found)
-    numbers = seeds_of(seeds)
+    numbers = seeds_of(seeds, most=MOST_SEEDS)
     if out.suffix != ".html" or out.is_dir():
         raise ValueError(f"--out {out} is no name of a page; wanted: a .html file")
     psi = found[0].truncation_psi if truncation_psi is None else truncation_psi
@@ -124,22 +122,6 @@ def check_fit(folders, found):
             raise ValueError(f"{folders[0]} is of {a}, but {folder} of {b}; wanted: {wanted}")
 
 
-def seeds_of(text):
-    """ "1,5,9-12" -> [1, 5, 9, 10, 11, 12], or a ValueError."""
-    numbers = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,10})(?:-(\d{1,10}))?\s*", part)
-        first, last = (int(x) for x in (match[1], match[2] or match[1])) if match else (1, 0)
-        if not first <= last < 2**32 or last - first >= MOST_SEEDS:
-            break
-        numbers += range(first, last + 1)
-    else:
-        if len(numbers) <= MOST_SEEDS:
-            return numbers
-    wanted = f"at most {MOST_SEEDS} numbers below 2^32, such as 0-7 or 1,5,9-12"
-    raise ValueError(f"--seeds {text!r}; wanted: {wanted}")
-
-
 def training_of(folder, last=10):
     """The curves of a run's history, the bytes of a .png file, and its losses at the end, in
     words: means of the last steps."""
@@ -169,8 +151,7 @@ def pictures_and_figures(folders, found, names, numbers, psi, device, n=64):
     for i, (folder, settings) in enumerate(bar):
         source, adapted = generators(settings, find_generator(folder), device)
         if z is None:
-            drawn = [np.random.RandomState(x).randn(1, source.z_dim) for x in numbers]
-            z = torch.from_numpy(np.concatenate(drawn)).float()
+            z = latents_of(numbers, source.z_dim)
             w = ipl.truncate(source.mapping(z.to(device)), source.w_avg, psi)
             words = ", ".join(dict.fromkeys(x.source.strip() for x in found))
             rows.append((words, "source", draw(source, w)))
@@ -256,7 +237,7 @@ def page_of(found, names, seeds, psi, rows, judged, trainings):
         [x.source.strip() for x in found], [x.target.strip() for x in found]
     ))  # fmt: skip
     title = escaped(f"{', '.join(sources)} to {', '.join(targets)}")
-    numbers = seeds_of(seeds)
+    numbers = seeds_of(seeds, most=MOST_SEEDS)
     grid = [
         (
             Html(f"{escaped(word)}<small>{escaped(small)}</small>"),
@@ -331,18 +312,3 @@ def settings_of(found, names):
 
 def show(value):
     return (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "(none)"
-
-
-def command_of(settings):
-    """The command line that repeats a run: what differs from the defaults, quoted for a shell."""
-    default, words = asdict(defaults_of(settings)), ["python", "ipl.py"]
-    for name, value in asdict(settings).items():
-        if value is True and not default[name]:
-            words.append(flag(name))
-        elif name in ("source", "target") or value != default[name]:
-            values = [*map(str, value)] if isinstance(value, tuple) else [str(value)]
-            if values and values[0].startswith("-"):  # or it would be taken for a flag
-                words.append(f"{flag(name)}={values[0]}")
-            else:
-                words += [flag(name), *values]
-    return shlex.join(words)

@@ -88,18 +88,18 @@ def sample(
     print(f"{out}: {settings.source} above, {settings.target} below, of the same latents")
 
 
-def seeds_of(words):
+def seeds_of(words, most=MOST):
     """Numbers and ranges, "0,3,5-9" -> [0, 3, 5, 6, 7, 8, 9].
 
-    Raises ValueError for other words, for a range that runs down, and for more than MOST.
+    Raises ValueError for other words, for a range that runs down, and for more than `most`.
     """
     parts = [re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", x) for x in words.split(",")]
     ranges = [range(int(x[1]), int(x[2] or x[1]) + 1) for x in parts if x]
     count = sum(map(len, ranges))
     good = all(parts) and all(ranges) and max(x[-1] for x in ranges) < 2**32
-    if not good or count > MOST:
+    if not good or count > most:
         found = f"{words[:40]!r}" + f", {count:,} seeds" * good
-        wanted = f"numbers and ranges, such as 0-35 or 0,3,5-9: at most {MOST}, below 2^32"
+        wanted = f"numbers and ranges, such as 0-35 or 0,3,5-9: at most {most}, below 2^32"
         raise ValueError(f"--seeds {found}; wanted: {wanted}")
     return [seed for part in ranges for seed in part]
 

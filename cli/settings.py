@@ -180,8 +180,12 @@ def command_line(command=None, /, **flags):
     words, home = [command] if command else [], os.path.expanduser("~")
     for name, value in flags.items():
         for x in value if isinstance(value, list) else [value]:
-            if x is not None and x is not False:
-                words += [flag(name), *(x if isinstance(x, tuple) else () if x is True else (x,))]
+            if x is None or x is False:
+                continue
+            first, *rest = (flag(name), *(x if isinstance(x, tuple) else () if x is True else (x,)))
+            if rest and str(rest[0]).startswith("-"):  # or it would be taken for a flag
+                first, *rest = f"{first}={rest[0]}", *rest[1:]
+            words += [first, *rest]
     words = [str(word) for word in words]
     words = [f"~{x[len(home) :]}" if x.startswith(f"{home}/") else x for x in words]
     return f"python ipl.py {shlex.join(words)}"
