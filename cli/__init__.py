@@ -11,6 +11,7 @@ from cli import (
     convert,
     inspect,
     listing,
+    metrics,
     processes,
     report,
     run_folder,
@@ -34,8 +35,8 @@ def command(argv):
     check_words(argv)
     if argv and not argv[0].startswith("-"):
         known = (
-            sample.sample, video.video, report.report, listing.list, convert.convert,
-            inspect.inspect,
+            sample.sample, video.video, report.report, metrics.metrics, listing.list,
+            convert.convert, inspect.inspect,
         )  # fmt: skip
         commands = {function.__name__: function for function in known}
         tyro.extras.subcommand_cli_from_dict(commands, prog="ipl.py", args=argv)

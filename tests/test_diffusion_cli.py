@@ -77,6 +77,17 @@ def test_a_run_and_its_files(finished, folder):
     assert mapper["weights.0"].shape[1] == 32  # the bottleneck's width, and not that of pictures
 
 
+def test_metrics_of_a_run(finished, folder):
+    """Of the inverted pictures, whose reconstructions are the source's row."""
+    words = ["--run", "finished", "--n", "3", "--out", "metrics.json", "--real", "pictures"]
+    with contextlib.chdir(folder):
+        table = done("metrics", *words)
+        rows = json.loads((folder / "metrics.json").read_text())["rows"]
+        (folder / "metrics.json").unlink()
+    assert "N 3, seed 1" in table and [x["name"] for x in rows] == ["source", "finished"]
+    assert rows[0]["psnr"] == "inf" and 0 < rows[1]["psnr"] < 60 and rows[1]["frechet-clip"] > 0
+
+
 def test_defaults_are_those_of_the_generator(folder):
     with contextlib.chdir(folder):
         for name, preset in (("ddpm.ckpt", DIFFUSIONCLIP), ("miniature-ddpm", MINIATURE_DDPM)):
