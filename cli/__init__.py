@@ -9,7 +9,9 @@ import ipl
 from cli import (
     adapt,
     convert,
+    edit,
     inspect,
+    invert,
     listing,
     metrics,
     processes,
@@ -35,8 +37,8 @@ def command(argv):
     check_words(argv)
     if argv and not argv[0].startswith("-"):
         known = (
-            sample.sample, video.video, report.report, metrics.metrics, listing.list,
-            convert.convert, inspect.inspect,
+            sample.sample, invert.invert, edit.edit, video.video, report.report,
+            metrics.metrics, listing.list, convert.convert, inspect.inspect,
         )  # fmt: skip
         commands = {function.__name__: function for function in known}
         tyro.extras.subcommand_cli_from_dict(commands, prog="ipl.py", args=argv)

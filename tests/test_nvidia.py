@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, assert_same, close, normal, refusal
+from nvidia_pickles import Call, dumps, module, network, torch_save
 
 from checkpoints import load_generator, save_generator
 from stylegan2_ops import Generator
-from tests.nvidia_pickles import Call, dumps, module, network, torch_save
 
 FILES = ["nvidia_tiny", "nvidia_tiny_py311"]
 FILES += [f"nvidia_variant_{name}" for name in ("clamp", "cond", "resnet")]
