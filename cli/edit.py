@@ -146,7 +146,7 @@ def of_runs(runs, device):
 
     Raises ValueError, which names two runs, if they have different sources.
     """
-    sources, adapted, words = [], [], []
+    sources, adapted, words, names = [], [], [], []
     for run in runs:
         path = find_generator(run)
         if path is None:
@@ -159,9 +159,12 @@ def of_runs(runs, device):
         sources.append(source)
         adapted.append(target)
         words.append(settings.target.strip())
-        if digest(source) != digest(sources[0]):
-            found = f"{runs[0]} and {run} have different source generators"
-            raise ValueError(f"{found}; wanted: runs of one source")
+        of_class = f", class {settings.class_index}" * bool(source.c_dim)
+        names.append((settings.generator or "the miniature's") + of_class)
+        of_first = read_config(runs[0]).class_index
+        if digest(source) != digest(sources[0]) or settings.class_index != of_first:
+            found = f"{runs[0]} adapts {names[0]}, and {run} adapts {names[-1]}"
+            raise ValueError(f"{found}; wanted: runs of one source generator")
     return sources[0], adapted, words
 
 
@@ -184,6 +187,7 @@ def read_all(paths, source):
 
 def read_w(path, source):
     """A projected_w.npz -> w [1, num_ws, w_dim], and its picture [3, R, R], or None if it has none.
+    [num_ws, w_dim] passes, too.
 
     Raises CheckpointError, of one line, if it has no such w, or one of another generator. Nothing
     in the file is executed.
@@ -198,7 +202,7 @@ def read_w(path, source):
         if "w" not in file:
             raise CheckpointError(f"there is no w in it; wanted: {wanted}")
         w = file["w"]
-        if w.shape != shape or w.dtype.kind != "f":
+        if w.shape not in (shape, shape[1:]) or w.dtype.kind != "f":
             raise CheckpointError(f"its w is {list(w.shape)}, {w.dtype}; wanted: {wanted}")
         if not np.isfinite(w).all():
             raise CheckpointError(f"its w is not finite; wanted: {wanted}")
@@ -208,6 +212,6 @@ def read_w(path, source):
         square = None
         if "image" in file and file["image"].shape == (source.resolution, source.resolution, 3):
             square = torch.from_numpy(file["image"]).permute(2, 0, 1).float() / 127.5 - 1
-        return torch.from_numpy(w).float(), square
+        return torch.from_numpy(w.astype(np.float32)).view(shape), square
 
     return read_file(path, wanted, parse)

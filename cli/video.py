@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 import ipl
 from checkpoints.files import write_atomically
-from cli import diffusion, processes
-from cli.run_folder import find_generator, make_folder, read_config
-from cli.sample import Trunc, as_pixels, generators, latents_of, seeds_of
+from cli import processes
+from cli.edit import of_runs, read_w
+from cli.run_folder import make_folder, read_config
+from cli.sample import Trunc, as_pixels, latents_of, seeds_of
 from cli.settings import check, command_line, expand
 
 MOST = 20_000  # frames
@@ -57,10 +58,13 @@ def video(
     seeds = "0-3" if seeds is None and not files else seeds
     drawn = [] if seeds is None else seeds_of(seeds)
     columns, rows = cells_of(grid, len(drawn) + len(files), blend)
-    settings, source, adapted = load_runs(folders, processes.pick_device(device))
+    if not folders:
+        raise ValueError("no --run; wanted: the folder of a finished run")
+    source, adapted, _ = of_runs(folders, processes.pick_device(device))
+    settings = read_config(folders[0])
     psi = settings.truncation_psi if truncation_psi is None else truncation_psi
     check(replace(settings, truncation_psi=psi))
-    keys = torch.cat([*(read_w(path, source) for path in files), w_of(drawn, source, psi)])
+    keys = torch.cat([*(read_w(path, source)[0] for path in files), w_of(drawn, source, psi)])
     if blend:
         stations = [source, *adapted, source]
         total, frames = (len(stations) - 1) * w_frames, blends(stations, keys, w_frames)
@@ -80,74 +84,6 @@ def video(
 
 # ----------------------------------------------------------------------------------------------
 # What is filmed
-
-
-def load_runs(folders, device):
-    """The Settings of the first run, the source generator, and the adapted one of each run.
-
-    Raises ValueError for a run that is not finished, or of a diffusion model, and for two whose
-    sources are not one generator.
-    """
-    if not folders:
-        raise ValueError("no --run; wanted: the folder of a finished run")
-    loaded = []
-    for folder in folders:
-        path = find_generator(folder)
-        if path is None:
-            raise ValueError(f"{folder} is no finished run; wanted: a folder with a generator.pt")
-        settings = read_config(folder)
-        if diffusion.asked_for(settings):
-            raise ValueError(f"{folder} is of a diffusion model; wanted: a run of a StyleGAN2")
-        loaded.append((settings, *generators(settings, path, device)))
-    settings, source, _ = loaded[0]
-    for folder, (other, its_source, adapted) in zip(folders, loaded, strict=True):
-        if not same(source, its_source):
-            names = [
-                (x.generator or "the miniature's") + f", class {x.class_index}" * bool(source.c_dim)
-                for x in (settings, other)
-            ]
-            found = f"{folders[0]} adapts {names[0]}, and {folder} adapts {names[1]}"
-            raise ValueError(f"{found}; wanted: runs of one source generator")
-        if shapes(adapted) != shapes(source):
-            raise ValueError(f"{folder}: its two generators differ in layers; wanted: alike ones")
-    return settings, source, [adapted for *_, adapted in loaded]
-
-
-def same(a, b):
-    """Whether two generators are one: the same architecture, class and weights."""
-    x, y = a.state_dict(), b.state_dict()
-    return a.config == b.config and all(torch.equal(x[name], y[name]) for name in x)
-
-
-def shapes(generator):
-    return {name: x.shape for name, x in generator.named_parameters()}
-
-
-def read_w(path, generator):
-    """The w [1, num_ws, w_dim] in a .npz file, as NVIDIA's projector.py writes it.
-
-    [num_ws, w_dim] passes as well. Raises ValueError, of one line, for any other content.
-    """
-    shape = 1, generator.num_ws, generator.w_dim
-    wanted = f"a .npz file whose w is {shape}, of finite numbers"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if file.zip.getinfo("w.npy").file_size > 1 << 26:
-                raise MemoryError
-            w = file["w"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; wanted: {wanted}") from error
-    except KeyError as error:
-        raise ValueError(f"{path}: there is no w in it; wanted: {wanted}") from error
-    except Exception as error:  # whatever a stranger's bytes can raise
-        why = f"cannot be read ({type(error).__name__})"
-        raise ValueError(f"{path} {why}; wanted: {wanted}") from error
-    if w.shape not in (shape, shape[1:]) or w.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: its w is {w.shape}, {w.dtype}; wanted: {wanted}")
-    w = torch.from_numpy(w.astype(np.float64)).float().view(shape)
-    if not w.isfinite().all():
-        raise ValueError(f"{path}: its w is not finite; wanted: {wanted}")
-    return w.to(generator.w_avg.device)
 
 
 @torch.no_grad()

@@ -250,7 +250,8 @@ def test_w_of_a_file_without_the_one_and_in_double_precision(folder):
     generator, w = load_generator(WORLD[1]), np.load("me.npz")["w"]
     np.savez("flat.npz", w=w[0].astype(">f8"), beside=np.zeros(3))
     for name in ("me.npz", "flat.npz"):
-        torch.testing.assert_close(video.read_w(folder / name, generator), torch.from_numpy(w))
+        found, _ = video.read_w(folder / name, generator)
+        torch.testing.assert_close(found, torch.from_numpy(w))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -273,9 +274,9 @@ ROWS = [  # (flags, a word of the answer)
     (f"{ONE} --w-frames 9999", "20000"), (f"{ONE} --trunc nan", "--truncation-psi"),
     (f"{ONE} --device warp", "warp"),
     *((f"{ONE} --blend --projected-w {name}", word) for name, word in (
-        ("nowhere.npz", "no such file"), ("none.npz", "there is no w"), ("text.npz", "text.npz"),
+        ("nowhere.npz", "No such file"), ("none.npz", "there is no w"), ("text.npz", "text.npz"),
         ("nan.npz", "not finite"), ("object.npz", "object.npz"), ("array.npy", "array.npy"),
-        ("shape.npz", "(1, 2, 32)"), ("shape.npz", "(1, 8, 32)"), ("words.npz", "<U"),
+        ("shape.npz", "[1, 2, 32]"), ("shape.npz", "[1, 8, 32]"), ("words.npz", "<U"),
     )),
 ]  # fmt: skip
 
