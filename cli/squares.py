@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 
+from checkpoints.images import as_square, read_image
+
 Align = Literal["none", "crop", "face"]
-LEAST = 32  # pixels
 
 
 def read_square(path, side, align="none"):
@@ -22,9 +23,11 @@ def read_square(path, side, align="none"):
     say what was changed. Raises ValueError, of one line, for what is no picture, or too small, or
     has no face.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    image, notes = read_picture(path)
+    pixels, note = read_image(path)
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    notes = [note] * bool(note)
     if align == "face":
         points, faces = find_face(image, path)
         notes += [f"the largest of {faces} faces"] * (faces > 1)
@@ -33,41 +36,8 @@ def read_square(path, side, align="none"):
         notes.append(f"the middle of {image.width}x{image.height} pixels (--align face finds one)")
     if notes:
         warnings.warn(f"{path}: taken is {', '.join(notes)}", stacklevel=2)
-    image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(side, side, 3).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def read_picture(path):
-    """-> an RGB image of PIL's, and notes of what was changed, in words. Errors: `read_square`."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    notes = []
-    try:
-        with Image.open(path) as image:
-            mode, frames = image.mode, getattr(image, "n_frames", 1)
-            image = ImageOps.exif_transpose(image)
-            if mode.startswith("I"):  # 16 bits
-                grey = (np.asarray(image, np.float64) / 257).round().clip(0, 255)
-                image = Image.fromarray(grey.astype(np.uint8))
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-                notes.append("what is transparent over white")
-            elif mode != "RGB":
-                notes.append(f"its {mode} pixels as RGB")
-            notes += [f"the first of {frames} pictures"] * (frames > 1)
-            image = image.convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(f"--image {path}: no such file; wanted: a picture") from error
-    except Exception as error:  # whatever a stranger's bytes can raise
-        why = f"cannot be read as a picture ({type(error).__name__})"
-        raise ValueError(f"{path} {why}; wanted: a .png, a .jpg or the like, whole") from error
-    if min(image.size) < LEAST:
-        found = f"{path} is too small, {image.width}x{image.height} pixels"
-        raise ValueError(f"{found}; wanted: {LEAST} or more on a side")
-    return image, notes
+    return as_square(pixels.view(image.height, image.width, 3).permute(2, 0, 1), side)
 
 
 # ----------------------------------------------------------------------------------------------
