@@ -276,9 +276,9 @@ def test_real_detector_finds_nothing_in_a_plain_wall():
 
 INVERT, EDIT = "invert --run run --num-steps 2 --image", "edit --run run"
 ROWS = [  # (command, a word of the answer)
-    *((f"{INVERT} {name}", f"{name} {words}") for name, words in (
-        ("text.png", "cannot read text.png"), ("empty.png", "it is empty"),
-        ("cut.png", "cannot read cut.png"), ("small.png", "it has 31x48 pixels"),
+    *((f"{INVERT} {name}", f"cannot read {name}: {words}") for name, words in (
+        ("text.png", "no picture, or damaged"), ("empty.png", "it is empty"),
+        ("cut.png", "no picture, or damaged"), ("small.png", "it has 31x48 pixels"),
     )),
     (f"{INVERT} gone.png", "no such file"), (f"{INVERT} run", "not a file"),
     (f"{INVERT} picture.png --align face", "pip install --no-deps facenet-pytorch"),
