@@ -148,8 +148,8 @@ def test_the_anchor_is_the_raw_generator(source, clip_pair):
     *_, rows = run(cfg, source, clip_pair, steps=look, true_features=true)
     torch.testing.assert_close(raw.pop("anchor"), raw, rtol=0, atol=0)
     assert any((x != source.state_dict()[name]).any() for name, x in raw.items())
-    ((step, _, cos_air, cos),) = (row.values() for row in rows)
-    assert step == 3 and -1 <= cos_air <= 1 and -1 <= cos <= 1 and cos_air != cos
+    ((step, _, cos_air, cos, left),) = (row.values() for row in rows)
+    assert step == 3 and left > 0 and -1 <= cos_air <= 1 and -1 <= cos <= 1 and cos_air != cos
 
 
 # ----------------------------------------------------------------------------------------------

@@ -144,9 +144,10 @@ def renew(cfg, anchor, target, clip, step, noise=None):
 def adapt(cfg, generator, clip, *, rng, true_features=None, steps=ipl.progress):
     """ipl.adapt with anchors, for clip = (clip_model, transform) -> adapted, mappers, history, and
     a row for each anchor: {"step": 60, "prompt_loss": 0.1}; with true_features [n, e], of what the
-    pictures of anchor_latents should become, "cos_air" and "cos": `alignment` of delta_A and of the
-    first direction. Anchor and rows are in the state that `steps` sees; what else is drawn for them
-    is of the seed of rng and the step: so a run goes on to the same bits. rng is left alone.
+    pictures of anchor_latents should become, "left", the length of their mean step to it, "cos_air"
+    and "cos", `alignment` of delta_A and of the first direction. Anchor and rows are in the state
+    that `steps` sees, what else is drawn for them is of the seed of rng and the step: so a run goes
+    on to the same bits. rng is left alone.
     """
     check_config(cfg)
     E_I, rows, now, seed = ipl.image_encoder(*clip, cfg), [], {}, rng.initial_seed() + 1
@@ -170,7 +171,8 @@ def adapt(cfg, generator, clip, *, rng, true_features=None, steps=ipl.progress):
         z = anchor_latents(cfg, generator)
         first = F.normalize(now["direction"](generator.mapping(z), z), dim=-1).mean(dim=0)
         ways = {"cos_air": anchor.delta, "cos": first}
-        return {name: alignment(x, anchor.images, true_features) for name, x in ways.items()}
+        found = {name: alignment(x, anchor.images, true_features) for name, x in ways.items()}
+        return found | {"left": ipl.feature_delta(anchor.images, true_features).mean(0).norm().item()}
 
     def redirect(directions):  # which are told the latents, and more_loss the images
         (now["direction"],) = directions
