@@ -168,11 +168,11 @@ def adapt(cfg, generator, clip, *, rng, true_features=None, steps=ipl.progress):
     def of_truth():
         if true_features is None:
             return {}
-        z = anchor_latents(cfg, generator)
+        z, left = anchor_latents(cfg, generator), ipl.feature_delta(anchor.images, true_features)
         first = F.normalize(now["direction"](generator.mapping(z), z), dim=-1).mean(dim=0)
         ways = {"cos_air": anchor.delta, "cos": first}
         found = {name: alignment(x, anchor.images, true_features) for name, x in ways.items()}
-        return found | {"left": ipl.feature_delta(anchor.images, true_features).mean(0).norm().item()}
+        return found | {"left": left.mean(dim=0).norm().item()}
 
     def redirect(directions):  # which are told the latents, and more_loss the images
         (now["direction"],) = directions
