@@ -15,8 +15,9 @@ from variants import air
 
 # Of the 120 steps of the miniature's preset: four anchors, the first one half the way. The prompt's
 # rate fits embeddings of 0.9 (root mean square): with 0.001, delta_A hardly leaves the labels' way.
-SMALL = {"method": "nada", "start": 60, "interval": 15, "latents": 64, "truncation": 1.0}
-SMALL |= {"prompt_lr": 0.1}
+# With lambda_air 1 the pictures overshoot: docs/air.md.
+SMALL = {"method": "nada", "start": 60, "interval": 15, "latents": 24, "truncation": 1.0}
+SMALL |= {"prompt_lr": 0.1, "lambda_air": 0.1}
 
 
 @dataclass(frozen=True)
