@@ -64,9 +64,9 @@ def make(run):
         )
         grid, side = adapt.sample(run, generator, adapted), generator.resolution
         words = run.source.strip(), f"{run.target.strip()}, AIR", f"seed {run.seed}"
-        grid = pictures.png(pictures.labelled(grid, side, *words))
+        page = {"samples.png": lambda: pictures.png(pictures.labelled(grid, side, *words))}
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        more = {"samples.png": grid, "anchors.jsonl": lines}
+        more = pictures.of_run(page) | {"anchors.jsonl": lines}
         run_folder.save_run(keeper.folder, plain, mappers, adapted, history, more)
         keeper.finish()
     for row in rows:
