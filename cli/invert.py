@@ -92,7 +92,8 @@ def project(generator, images, *, steps=200, lr=0.05, space="w+", seed=303, dist
     10000 w, with noise on w that ends after 3/4 of the steps; lr rises over the first 1/20 and
     falls over the last 1/4; the last step counts. Unlike there, the distance is of plain pixels and
     the generator keeps its noise, which an adapted one has too. Each image is on its own: the
-    others of its batch do not matter. space: w+, a w for each layer; w, one for all.
+    others of its batch do not matter. space: w, one for all layers; w+, after 2/5 of the steps with
+    one a change of it for each layer, which from the start would lose the person.
 
     distance(x, y): [B] of two batches. Raises ValueError at the first that is not finite.
     """
@@ -102,21 +103,23 @@ def project(generator, images, *, steps=200, lr=0.05, space="w+", seed=303, dist
     w_avg = w_all.mean(0)
     w_std = (w_all - w_avg).square().sum(1).mean().sqrt()  # a norm, over all dimensions
     num_ws, rng = generator.num_ws, torch.Generator().manual_seed(seed)
-    w = w_avg.repeat(len(images), num_ws if space == "w+" else 1, 1).requires_grad_()
-    adam = torch.optim.Adam([w], betas=(0.9, 0.999))
+    one = w_avg.repeat(len(images), 1, 1).requires_grad_()
+    changes = torch.zeros_like(one).repeat(1, num_ws, 1).requires_grad_()
+    adam = torch.optim.Adam([one, changes], betas=(0.9, 0.999))
     for step in trange(steps, desc=f"invert {len(images)}", disable=None):
         t = step / steps
         ramp = 0.5 - 0.5 * math.cos(math.pi * min(1, 4 * (1 - t)))
         adam.param_groups[0]["lr"] = lr * ramp * min(1, 20 * t)
-        noise = torch.randn(1, *w.shape[1:], generator=rng).to(w)  # the same for each image
+        w = one + changes if space == "w+" and t >= 0.4 else one.expand(-1, num_ws, -1)
+        noise = torch.randn(1, 1, w.shape[2], generator=rng).to(w)  # the same for each image
         noise = noise * w_std * 0.05 * max(0, 1 - t / 0.75) ** 2
-        loss = distance(generator.synthesis((w + noise).expand(-1, num_ws, -1)), images)
+        loss = distance(generator.synthesis(w + noise), images)
         if not loss.isfinite().all():
             raise ValueError(f"not finite at step {step} of the inversion; wanted: a smaller lr")
         adam.zero_grad()
         loss.sum().backward()
         adam.step()
-    return w.detach().expand(-1, num_ws, -1)
+    return (one + changes).detach()
 
 
 def psnr(x, y):
