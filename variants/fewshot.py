@@ -25,9 +25,9 @@ Where it departs from the published codes (CDC's, which RSSA's is made from; Fre
     leaky ReLU, it never gets R1, and L_distance is KL(p_source | p_target) of one layer for each
     anchor (the paper: the reverse, summed over layers), and each network draws its own noise for
     it, so that it begins above 0; `same_noise` gives both the same.
- 5. G and its average start at the same weights; CDC's G at "g", its average at "g_ema".
+ 5. G and its average start at the same weights; CDC's G at "g", its average at "g_ema". No ADA.
  6. freezed, cr: on this base. There R1 in each step, no length of paths, the best FID kept
-    (FreezeD); hinge loss, spectral norm (CR). `cr_fake` is bCR's (2002.04724). No ADA.
+    (FreezeD); hinge loss, spectral norm (CR). `cr_fake` is bCR's (2002.04724).
  7. dag: R1 of the main head alone. `dag_all` off, ours, draws one transform a policy and step.
  8. rssa: the length of paths is of codes that are not compressed. ewc: no code is public.
 """
@@ -110,11 +110,9 @@ def check(cfg, generator, discriminator, shots, codes=None):
     ):  # fmt: skip
         if wrong:
             raise ValueError(words)
-    different, views = len(shots.flatten(1).unique(dim=0)), cfg.steps * cfg.batch / k
     for wrong, words in (
         (cfg.method == "cdc" and k < 2, "cdc has an anchor for each shot, and there is one"),
-        (different < k, f"of {k} shots {different} differ; wanted: no copies"),
-        (views > 1000, f"D sees each shot {views:.0f} times; wanted: fewer steps, or more shots"),
+        (cfg.steps * cfg.batch > 1000 * k, "D sees each shot 1000 times; wanted: fewer steps"),
         (cfg.ema**cfg.steps > 0.2, "the average will be the source still; wanted: a smaller ema"),
     ):
         if wrong:
@@ -122,8 +120,7 @@ def check(cfg, generator, discriminator, shots, codes=None):
 
 
 def lazy_adam(parameters, lr, every):
-    """Adam where a regulariser takes a step of its own in each n-th: with c = n / (n + 1), rate
-    c lr, betas 0 and 0.99^c. (arXiv 1912.04958, appendix B)"""
+    """StyleGAN2's, where a regulariser has a step of its own in each n-th (1912.04958, app. B)."""
     c = every / (every + 1)
     return torch.optim.Adam(parameters, lr=c * lr, betas=(0.0, 0.99**c), fused=True)
 
@@ -143,8 +140,7 @@ def some_shots(shots, n, flip, rng):
 
 
 def mixed_codes(G, n, p, rng):
-    """Codes W+ [n, W, w_dim] of z ~ N(0, I); with probability p, from some layer on of other z.
-    (Style mixing: arXiv 1812.04948, Sec. 3.1)"""
+    """Codes W+ [n, W, w_dim] of z ~ N(0, I); with probability p, from some layer on of other z."""
     z = torch.randn(2 * n, G.z_dim, generator=rng).to(G.w_avg.device)
     cut, chance = int(torch.randint(1, G.num_ws, (), generator=rng)), torch.rand((), generator=rng)
     first = torch.arange(G.num_ws, device=z.device) < (cut if chance < p else G.num_ws)
@@ -178,7 +174,8 @@ def transformed(x, flip, shift, rng):
     by = torch.randint(2 * reach + 1, (2, B, 1), generator=rng)
     rows, columns = (by + torch.arange(R)).to(x.device)  # [B, R] each
     x = F.pad(torch.where(mirrored, x.flip(3), x), 4 * [reach])
-    return x[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    x = x.permute(0, 2, 3, 1)[torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None]]
+    return x.permute(0, 3, 1, 2)
 
 
 def logit_consistency(D, x, logits, cfg, rng):
@@ -189,11 +186,9 @@ def logit_consistency(D, x, logits, cfg, rng):
 # -- 3. CDC ----------------------------------------------------------------------------------------
 def distance_consistency(source_maps, target_maps, layers):
     """CDC: whom an image is like stays the same.
-
         p_i = softmax over j != i of cos(f_i, f_j), at layer l_i, in each generator
         L_distance = mean over i and j of p_source (log p_source - log p_target)
-
-    maps: of B images, as maps_of has them; layers [B]: l_i, indices into them.
+    maps: as maps_of has them; layers [B]: l_i, indices into them.
     """
     B, log_p = len(layers), []
     others = ~torch.eye(B, dtype=torch.bool, device=layers.device)
@@ -205,8 +200,7 @@ def distance_consistency(source_maps, target_maps, layers):
 
 
 def patch_place(resolution, part=66 / 256):
-    """Where in D a 3x3 head sees what is nearest to a part of the side: (block, convolutions of it
-    that images pass)."""
+    """Where in D a 3x3 head sees nearly this part of a side: (block, convolutions passed in it)."""
     field, stride, places = 1, 1, {}  # of what a number of the map sees, in pixels
     for block in range(1, int(math.log2(resolution)) - 1):
         field += 2 * stride  # conv1, 3x3
@@ -243,8 +237,7 @@ def transforms(policy):
         return F.interpolate(x[:, :, rows, columns], x.shape[-2:], mode="nearest")
 
     turns = [lambda x, k=k: x.rot90(k, (2, 3)) for k in range(4)]
-    ends = ((0, 0), (0, 1), (1, 0), (1, 1))
-    corners = [lambda x, far=far: corner(x, far) for far in ends]
+    corners = [lambda x, far=far: corner(x, far) for far in ((0, 0), (0, 1), (1, 0), (1, 1))]
     fliprot = [turns[0], lambda x: x.flip(2), lambda x: x.flip(3), turns[1]]
     return {"rotation": turns, "fliprot": fliprot, "cropping": [turns[0], *corners]}[policy]
 
@@ -269,10 +262,9 @@ def windows(x, side):
 
 
 def self_correlation(source, target):
-    """RSSA, within an image: of one map [B, C, S, S] of both generators.
-
-        A = f f^T, of unit columns f, at S / 2, in its four quadrants, and in a fifth in the middle
-        L = SmoothL1(A_source, A_target), mean over the quadrants + of the middle
+    """RSSA, within an image: of one map [B, C, S, S], A = f f^T of its unit columns f, at S / 2, in
+    the four quadrants and in a fifth one in the middle.
+        L = SmoothL1(A_source, A_target), mean over the quadrants, + that of the middle
     """
     total, n = 0, source.shape[-1] // 2
     maps = [F.avg_pool2d(F.normalize(x, dim=1), 2) for x in (source, target)]
@@ -285,7 +277,6 @@ def self_correlation(source, target):
 
 def cross_correlation(source, target, cuts=1):
     """RSSA, between images: of one map, of each pair i < j, in windows of 1 / cuts of the side.
-
         p = softmax of f_i f_j^T over the N positions in image j;  L = N mean |p_source - p_target|
     """
     side = source.shape[-1] // cuts
@@ -338,8 +329,7 @@ def fisher_information(G, D, n, rng):
 
 def elastic_penalty(parameters, start, fisher):
     """EWC: sum_i F_i (theta_i - theta_source,i)^2."""
-    both = zip(fisher, parameters, start, strict=True)
-    return sum((F_i * (p - p_source).square()).sum() for F_i, p, p_source in both)
+    return sum((f * (p - q) ** 2).sum() for f, p, q in zip(fisher, parameters, start, strict=True))
 
 
 # -- 7. The loop -----------------------------------------------------------------------------------
@@ -351,9 +341,8 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
     [k, 3, R, R] in [-1, 1]. codes [k, W, w_dim]: for rssa, the shots' in the source generator.
     rng: a torch.Generator on the CPU; what a method draws for itself comes from another, so that
     with weight 0 each gives tgan's bits (cdc, rssa: if anchors=False, image_every=1,
-    compression=()). steps: as ipl.progress. In state, "G" and "D" are the networks. A row:
-    {"stage": "few-shot", "step": 0, "loss": 0.9, "grad_norm": 1.5, "loss_d": 1.2, "real": 0.4,
-    "fake": -0.7}, of which the last are mean logits; "r1", "path" and a method's own where due.
+    compression=()). steps: as ipl.progress. In state, "G" and "D" are the networks. A row has the
+    losses, the mean logits "real" and "fake", and "r1", "path" and a method's own where due.
     Raises ValueError for arguments, FloatingPointError if a loss is not finite.
     """
     check(cfg, generator, discriminator, shots, codes)
@@ -370,10 +359,8 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
         place = patch_place(G.resolution)
         extras["patches"] = patch_head(D, place, own)
         extras.register_buffer("anchors", torch.randn(len(shots), G.z_dim, generator=own))
-    if method == "dag":
-        for policy in cfg.dag_policies:
-            heads = (copy.deepcopy(D.final_linear[1]) for _ in transforms(policy))
-            extras[policy] = nn.ModuleList(heads)
+    for policy in cfg.dag_policies if method == "dag" else ():
+        extras[policy] = nn.ModuleList(copy.deepcopy(D.final_linear[1]) for _ in transforms(policy))
     extras.to(device)
     if method == "rssa":
         compress = compressor(codes.to(device), G.resolution, cfg.compression)
@@ -387,9 +374,8 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
 
     def drawn(whole, noise):  # images of G for D
         if alike and whole and cfg.anchors:
-            index = torch.randint(len(shots), (cfg.batch,), generator=own).to(device)
-            stray = torch.randn(cfg.batch, G.z_dim, generator=own).to(device)
-            z = extras.anchors[index] + cfg.anchor_spread * stray
+            z = extras.anchors.cpu()[torch.randint(len(shots), (cfg.batch,), generator=own)]
+            z = torch.normal(z, cfg.anchor_spread, generator=own).to(device)
             w = G.mapping(z)[:, None].expand(-1, G.num_ws, -1)
         else:
             w = mixed_codes(G, cfg.batch, cfg.mixing, rng)
@@ -406,7 +392,7 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
     state = {"G": G, "D": D, "extras": extras, "average": average, "adam_d": adam_d}
     state |= {"adam_g": adam_g, "mean_length": mean_length, "rng": rng, "own": own}
     for step in steps("few-shot", cfg.steps, state | {"history": history}):
-        seeds = range(seed + 3 * step, seed + 3 * step + 3)
+        seeds = [seed + 3 * step + i for i in range(3)]
         noise, *noises = (torch.Generator(device).manual_seed(x) for x in seeds)
         whole = not alike or step % cfg.image_every == 0
         judge = D if whole else lambda x: patch_logits(D, extras["patches"], x, place)
@@ -423,14 +409,12 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
             if cfg.cr_fake:
                 loss_d = loss_d + cfg.cr_fake * logit_consistency(D, fake, fake_logits, cfg, own)
         if method == "dag":
-            images = (x, fake)
-            row["augmented_d"] = augmented_loss(D, extras, discriminator_loss, images, cfg, own)
-            loss_d = loss_d + cfg.dag * row["augmented_d"]
+            row["dag_d"] = augmented_loss(D, extras, discriminator_loss, [x, fake], cfg, own)
+            loss_d = loss_d + cfg.dag * row["dag_d"]
         take_step(adam_d, loss_d, learn_d)
         if step % cfg.r1_every == 0:
             row["r1"] = r1_penalty(D, x)
             take_step(adam_d, cfg.r1 / 2 * cfg.r1_every * row["r1"], learn_d)
-
         fake = drawn(whole, noise)  # G
         fake.register_hook(torch.Tensor.contiguous)  # the last bits depend on a gradient's layout
         loss = generator_loss(judge(fake))
@@ -440,8 +424,8 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
             row["distance"] = distance_consistency(*maps, layers)
             loss = loss + cfg.distance * row["distance"]
         if method == "dag":
-            row["augmented"] = augmented_loss(D, extras, generator_loss, [fake], cfg, own)
-            loss = loss + cfg.dag * row["augmented"]
+            row["dag"] = augmented_loss(D, extras, generator_loss, [fake], cfg, own)
+            loss = loss + cfg.dag * row["dag"]
         if method == "rssa":
             row["self"] = structural_loss(self_correlation, *compared(compress=compress))
             loss = loss + cfg.self_weight * row["self"]
@@ -460,7 +444,7 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
             mean_length[0] += 0.01 * (lengths.mean().item() - mean_length[0])
             row["path"] = (lengths - mean_length[0]).square().mean()
             take_step(adam_g, cfg.path * cfg.path_every * row["path"], learn_g)
-        of_step = {"stage": "few-shot", "step": step, "loss": loss, "grad_norm": grad_norm}
-        history.append(ipl.finite_row("wanted: a smaller lr", **of_step, **row))
+        row |= {"stage": "few-shot", "step": step, "loss": loss, "grad_norm": grad_norm}
+        history.append(ipl.finite_row("wanted: a smaller lr", **row))
         average.update_parameters(G)
     return average.module, history, state
