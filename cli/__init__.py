@@ -6,7 +6,7 @@ import unicodedata
 import tyro
 
 import ipl
-from cli import adapt, convert, inspect, processes, run_folder, sample, settings
+from cli import adapt, convert, few_shot, inspect, processes, run_folder, sample, settings
 
 
 def main(argv=None):
@@ -22,8 +22,8 @@ def command(argv):
     """Does what is asked for -> the runs that are left to make."""
     check_words(argv)
     if argv and not argv[0].startswith("-"):
-        known = sample.sample, convert.convert, inspect.inspect
-        commands = {function.__name__: function for function in known}
+        known = sample.sample, few_shot.command(argv), convert.convert, inspect.inspect
+        commands = {function.__name__.replace("_", "-"): function for function in known}
         tyro.extras.subcommand_cli_from_dict(commands, prog="ipl.py", args=argv)
         return []
     runs = run_folder.spread(settings.parse(argv, describe=processes.is_first()))

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the ground up; a room may import itself and those before it.
-ROOMS = ["stylegan2_ops", "diffusion", "checkpoints", "miniature", "ipl", "variants", "cli", "experiments"]
+ROOMS = "stylegan2_ops diffusion checkpoints miniature ipl variants cli experiments".split()
 EXPERIMENTS = [  # on the world, above the method
     *(f"miniature/{name}.py" for name in ("evaluate", "evaluate_diffusion", "inspect"))
 ]
