@@ -29,6 +29,7 @@ from stylegan2_ops import Discriminator
 from variants import fewshot
 
 COLUMNS = 10  # of samples.png
+PATHS = ("images", "generator", "discriminator")
 PERSONS = 80_000  # the seed of the world's shots is so much more: they are nobody else's
 
 
@@ -184,10 +185,9 @@ def folder_of(settings):
 
 def full_paths(settings):
     """The settings with full paths of what is there."""
-    names = ("images", "generator", "discriminator")
-    paths = {name: expand(getattr(settings, name)) for name in names}
+    paths = {name: getattr(settings, name) for name in PATHS}
     there = {name: str(Path(x).resolve()) for name, x in paths.items() if x and Path(x).exists()}
-    return replace(settings, **(paths | there))
+    return replace(settings, **there)
 
 
 def of_the_result(settings):
@@ -211,7 +211,8 @@ def read_config(folder):
 
 def run(settings):
     """Results that are in the folder stay until the new ones are written."""
-    settings = full_paths(settings)
+    paths = {name: expand(getattr(settings, name)) for name in (*PATHS, "out")}
+    settings = replace(settings, **paths)
     check(settings)
     device = processes.pick_device(settings.device)
     keeper = Keeper(folder_of(settings), settings, device, of_the_result, read_config)
@@ -220,10 +221,11 @@ def run(settings):
         return
     G, D = load_networks(settings, device)
     shots, names, find_codes = read_shots(settings, G)
+    codes = find_codes() if settings.method == "rssa" and len(shots) > 1 else None
+    with warnings.catch_warnings(action="ignore"):  # they are given below
+        fewshot.check(settings, G, D, shots, codes)
     with processes.memory_advice(keeper.where_memory_ends), keeper:
-        rng, codes = torch.Generator().manual_seed(settings.seed), None
-        if settings.method == "rssa" and len(shots) > 1:
-            codes = find_codes()
+        rng = torch.Generator().manual_seed(settings.seed)
         adapted, history, _ = fewshot.adapt(
             settings, G, D, shots, rng=rng, codes=codes, steps=keeper
         )
@@ -231,7 +233,8 @@ def run(settings):
             "curves.png": lambda: pictures.curves(history),
             "samples.png": lambda: samples(settings, G, adapted, shots, codes),
         })  # fmt: skip
-        config = asdict(replace(settings, resume=False, overwrite=False)) | {"chosen": names}
+        config = replace(full_paths(settings), resume=False, overwrite=False)
+        config = asdict(config) | {"chosen": names}
         save_run(keeper.folder, config, [], adapted, history, drawn)
         keeper.finish()
     there = [name for name in FILES if (keeper.folder / name).exists()]
