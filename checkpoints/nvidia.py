@@ -24,6 +24,13 @@ _WANTED_OF_D = {
     r"b4\.fc": {"activation": "lrelu", "bias_gain": 1},
     r"b4\.out": {"activation": "linear", "bias_gain": 1},
 }
+# A module that only another family has, its name, and what our network lacks for it.
+_FOURIER = "synthesis layers of another kind: Fourier features, filtered nonlinearities"
+_OTHERS = (
+    ("mapping.embed_proj", "a StyleGAN-XL", f"{_FOURIER}, class embeddings"),
+    ("synthesis.input", "a StyleGAN3", _FOURIER),
+    ("backbone.synthesis", "an EG3D (tri-plane)", "a volume renderer, and a camera for each image"),
+)
 # Tensors of a layer. Ours: theirs.
 _LINEAR = {"weight": "weight", "bias": "bias"}
 _MODULATED = {
@@ -42,9 +49,11 @@ def read_nvidia(module, read):
     read: (name, StoredTensor) -> tensor.
     Raises CheckpointError if it is no StyleGAN2 generator, or of a kind that our network is not.
     """
+    for path, kind, needed in _OTHERS:
+        if _has(module, path):
+            wanted = f"a StyleGAN2 or StyleGAN2-ADA network; this one would need {needed}"
+            raise CheckpointError(f"G_ema is {kind} generator; wanted: {wanted}")
     modules, tensors = _flatten(module, "G_ema")
-    if "synthesis.input" in modules:
-        raise CheckpointError("G_ema is a StyleGAN3 generator; wanted: a StyleGAN2 generator")
     sizes = sorted(int(name[11:]) for name in modules if re.fullmatch(r"synthesis\.b\d+", name))
     if len(sizes) < 2 or sizes != [4 << k for k in range(len(sizes))]:
         raise CheckpointError("G_ema is no StyleGAN2 generator: its blocks are not 4, 8, 16, ...")
@@ -152,6 +161,15 @@ def _attributes(modules, wanted, network):
                     where = f"{name}.{key}".lstrip(".")
                     raise CheckpointError(f"{network}.{where} is {found!r:.40}; wanted: {value!r}")
     return attribute
+
+
+def _has(module, path):
+    """Whether there is something at a dotted path below a module."""
+    for name in path.split("."):
+        if not isinstance(module, Module):
+            return False
+        module = module.state["_modules"].get(name)
+    return module is not None
 
 
 def _flatten(root, network):

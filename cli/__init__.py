@@ -6,7 +6,22 @@ import unicodedata
 import tyro
 
 import ipl
-from cli import adapt, convert, few_shot, inspect, processes, run_folder, sample, settings
+from cli import (
+    adapt,
+    convert,
+    edit,
+    few_shot,
+    inspect,
+    invert,
+    listing,
+    metrics,
+    processes,
+    report,
+    run_folder,
+    sample,
+    settings,
+    video,
+)  # fmt: skip
 
 
 def main(argv=None):
@@ -22,7 +37,10 @@ def command(argv):
     """Does what is asked for -> the runs that are left to make."""
     check_words(argv)
     if argv and not argv[0].startswith("-"):
-        known = sample.sample, few_shot.command(argv), convert.convert, inspect.inspect
+        known = (
+            sample.sample, few_shot.command(argv), invert.invert, edit.edit, video.video,
+            report.report, metrics.metrics, listing.list, convert.convert, inspect.inspect,
+        )  # fmt: skip
         commands = {function.__name__.replace("_", "-"): function for function in known}
         tyro.extras.subcommand_cli_from_dict(commands, prog="ipl.py", args=argv)
         return []

@@ -16,7 +16,7 @@ from checkpoints.download import split_url
 from cli import diffusion, image_targets, pictures, processes
 from cli.keeper import Keeper
 from cli.run_folder import FILES, config_of, find_generator, folder_of, save_run
-from cli.settings import EMBEDDED, check, check_layers, check_shares
+from cli.settings import EMBEDDED, check, check_layers, check_shares, command_of
 from diffusion import DiffusionGenerator
 from miniature.inverted import InvertedTruth
 from miniature.judge import load_judge
@@ -138,13 +138,22 @@ def sample(settings, source, adapted, images=None):
     return ipl.sample_grid(source, adapted, n=n, seed=seed, truncation_psi=psi)
 
 
-def label(settings, source, grid):
-    """What `sample` gives, with labels: the bytes of a .png file."""
-    seed = settings.seed
+def label(settings, source, grid, text=None, seeds=None):
+    """What `sample` gives, with labels: the bytes of a .png file.
+
+    text: {name: words} in the file, else the seed and the command of the run. seeds: in words, if
+    not that of the settings.
+    """
+    seed, text = seeds or f"seed {settings.seed}", text or text_of(settings)
     steps = f"{settings.steps_mapper} + " * (settings.method == "ipl") + f"{settings.steps} steps"
-    words = settings.source.strip(), settings.target.strip(), f"seed {seed}, {steps}"
+    words = settings.source.strip(), settings.target.strip(), f"{seed}, {steps}"
     between = ("inverted and back",) * isinstance(source, DiffusionGenerator)
-    return pictures.png(pictures.labelled(grid, source.resolution, *words, between))
+    return pictures.png(pictures.labelled(grid, source.resolution, *words, between), text)
+
+
+def text_of(settings):
+    """What a picture of a run says of itself in its file."""
+    return {"seed": str(settings.seed), "command": command_of(settings)}
 
 
 # ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 DiffusionCLIP is `--method nada` on it, and Diff-IPL is `--method ipl`.
 """
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,11 @@ from torch import nn
 import ipl
 import miniature
 from checkpoints.diffusion import is_diffusion, load_unet
+from checkpoints.images import SUFFIXES, as_square, read_image
 from cli.settings import EMBEDDED
 from diffusion import DiffusionGenerator
 from miniature import faces
 from miniature.inverted import small
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def asked_for(settings):
@@ -72,22 +72,16 @@ def read_pictures(flag, folder, side, n=None):
     if not paths:
         wanted = f"a folder with some of {', '.join(sorted(SUFFIXES))}"
         raise ValueError(f"{flag} {folder}: there is no picture in it; wanted: {wanted}")
-    return torch.stack([read_picture(path, side) for path in paths])
+    pictures, notes = zip(*(read_picture(path, side) for path in paths), strict=True)
+    for note in sorted({*notes} - {""}):
+        warnings.warn(f"{flag} {folder}, {notes.count(note)} of its pictures: {note}", stacklevel=2)
+    return torch.stack(pictures)
 
 
 def read_picture(path, side):
-    """A picture [3, side, side] in [-1, 1], turned as its camera was held."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-    except Exception as error:  # whatever a stranger's bytes can raise
-        why = f"cannot be read as a picture ({type(error).__name__})"
-        raise ValueError(f"{path} {why}; wanted: without it, or whole") from error
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(side, side, 3).permute(2, 0, 1).float() / 127.5 - 1
+    """A picture [3, side, side] in [-1, 1], and a note of how it was turned to RGB."""
+    pixels, note = read_image(path, least=1)
+    return as_square(pixels, side), note
 
 
 def of_run(settings, path, device):

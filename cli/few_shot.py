@@ -14,13 +14,13 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import tyro
-from tqdm import trange
 
 import ipl
 import miniature
 from checkpoints import load_discriminator, load_generator
 from cli import pictures, processes
 from cli.diffusion import SUFFIXES, read_picture
+from cli.invert import projected
 from cli.keeper import OF_A_CALL, Keeper, sha256
 from cli.run_folder import FILES, save_run
 from cli.settings import expand, flag
@@ -142,13 +142,13 @@ def read_shots(settings, G):
     """
     if settings.images is not None:
         paths = choose(settings)
-        shots, names = torch.stack([read_picture(x, G.resolution) for x in paths]), {}
+        shots, names = torch.stack([read_picture(x, G.resolution)[0] for x in paths]), {}
         for path, shot in zip(paths, shots, strict=True):
             same = names.setdefault(hashlib.sha256(shot.numpy().tobytes()).digest(), path.name)
             if same != path.name:
                 found = f"--images: {same} and {path.name} are the same picture"
                 warnings.warn(f"{found}; wanted: {settings.shots} that differ", stacklevel=2)
-        return shots, [x.name for x in paths], lambda: invert(G, shots)
+        return shots, [x.name for x in paths], lambda: projected(G, shots)[0]
     rng = torch.Generator().manual_seed(settings.seed + PERSONS)
     z, k = torch.randn(settings.shots, faces.W_DIM, generator=rng), settings.shots
     styles = faces.styles_of(settings.target, k)
@@ -157,21 +157,6 @@ def read_shots(settings, G):
     with torch.no_grad():
         w = G.mapping(z.to(G.w_avg.device))
     return shots, names, lambda: w[:, None].repeat(1, G.num_ws, 1)
-
-
-def invert(G, images, steps=200, lr=0.05):
-    """Codes W+ [k, W, w_dim] of images [k, 3, R, R]: Adam on the squared difference of pixels, at
-    four scales, from the mean code. (RSSA has 4002 steps, with LPIPS.)"""
-    images, w = images.to(G.w_avg.device), G.w_avg.repeat(len(images), G.num_ws, 1)
-    adam = torch.optim.Adam([w.requires_grad_()], lr=lr)
-    for _ in trange(steps, desc="codes of the shots", disable=None):
-        difference, loss = G.synthesis(w) - images, 0
-        for scale in (1, 2, 4, 8):
-            loss = loss + F.avg_pool2d(difference, scale).square().mean((1, 2, 3)).sum()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    return w.detach()
 
 
 # ----------------------------------------------------------------------------------------------

@@ -36,12 +36,14 @@ PANELS = {  # of each stage: {a panel: {a number of the history: the label of it
 DASHES = ("-", "--", ":", "-.")  # of several CLIPs
 
 
-def png(picture):
-    """uint8 [H, W, 3] -> the bytes of a file."""
-    from PIL import Image
+def png(picture, text=None):
+    """uint8 [H, W, 3] -> the bytes of a file. text: {name: words}, for its text chunks."""
+    from PIL import Image, PngImagePlugin
 
-    buffer = io.BytesIO()
-    Image.fromarray(picture.numpy()).save(buffer, "png")
+    buffer, chunks = io.BytesIO(), PngImagePlugin.PngInfo()
+    for name, words in (text or {}).items():
+        chunks.add_text(name, words)  # tEXt, or iTXt for what is not Latin
+    Image.fromarray(picture.numpy()).save(buffer, "png", pnginfo=chunks)
     return buffer.getvalue()
 
 

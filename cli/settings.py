@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import re
+import shlex
 import typing
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
@@ -93,7 +94,7 @@ ABOUT = f"""Adapt a generator to a new domain, from words alone: image-specific 
   python ipl.py --generator ffhq.pkl --clip ViT-B/32 --source photo --target Disney
   python ipl.py --generator ddpm-folder --images my-pictures --source photo --target anime
   python ipl.py few-shot --target anime --shots 10
-  python ipl.py sample | few-shot | convert | inspect --help
+  python ipl.py sample | invert | edit | video | report | metrics | list | convert | inspect --help
 
 Without --generator it is the embedded miniature world, which knows
 {", ".join(LABELS)}."""
@@ -169,6 +170,40 @@ def parse(argv, describe=True):
         # the preset's weight is of each CLIP
         paths["clip_weights"] = default.clip_weights[:1] * max(1, len(clips))
     return [Settings(**values | paths, target=target) for target in targets]
+
+
+def command_line(command=None, /, **flags):
+    """The command that repeats something, in words; the home folder is `~` there.
+
+    flags: {name: value}; None and False: left out; a list: the flag once for each; a tuple: several
+    words behind one flag.
+    """
+    words, home = [command] if command else [], os.path.expanduser("~")
+    for name, value in flags.items():
+        for x in value if isinstance(value, list) else [value]:
+            if x is None or x is False:
+                continue
+            first, *rest = (flag(name), *(x if isinstance(x, tuple) else () if x is True else (x,)))
+            if rest and str(rest[0]).startswith("-"):  # or it would be taken for a flag
+                first, *rest = f"{first}={rest[0]}", *rest[1:]
+            words += [first, *rest]
+    words = [str(word) for word in words]
+    words = [f"~{x[len(home) :]}" if x.startswith(f"{home}/") else x for x in words]
+    return f"python ipl.py {shlex.join(words)}"
+
+
+def command_of(settings):
+    """The command that repeats a run: what its preset has otherwise. Not where it is written, how
+    often it is saved and on what device, so that a run that was stopped has the same."""
+    values = asdict(settings)
+    preset = asdict(preset_of(["--generator", settings.generator] if settings.generator else []))
+    preset["clip_weights"] = preset["clip_weights"][:1] * max(1, len(settings.clip))
+    stays = {"source", "target", "generator"}
+    skipped = set("out overwrite resume save_every device keep_memory".split())
+    flags = {k: x for k, x in values.items() if k in stays or x != preset[k] and k not in skipped}
+    for name in [name for name, x in flags.items() if x is False]:  # which the preset has
+        flags[f"no_{name}"] = not flags.pop(name)
+    return command_line(**flags)
 
 
 # ----------------------------------------------------------------------------------------------

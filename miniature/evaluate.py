@@ -383,6 +383,11 @@ def check_settings(cfg):
     found = {"n": cfg.n, "latents": cfg.latents, "bank": cfg.bank, **preset, **digests}
     found |= {"long": LONG if cfg.long else None}
     found |= {f"published {name}": value for name, value in PUBLISHED.items()}
+    hold_to(cfg, found)
+
+
+def hold_to(cfg, found):
+    """Keeps found {name: value} beside the rows; ValueError if they came of other values."""
     found, path = json.loads(json.dumps(found)), cfg.out / "settings.json"
     if path.exists() or any(cfg.out.glob("*-*.*")):
         known = json.loads(path.read_text()) if path.exists() else {}

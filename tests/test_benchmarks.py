@@ -72,7 +72,7 @@ def test_steps_from_end_to_end(tmp_path, capsys, monkeypatch, flags):
     assert [row["batches"] for row in found["steps"]] == ["3", "2+3*"]
     for row in found["steps"]:
         assert 0 < row["memory_ratio"] < 1 and 0 < row["of_peak"]["with choice"] < 1
-        for way, parts in row["parts"].items():
+        for parts in row["parts"].values():
             zero = {name for name, seconds in parts.items() if seconds <= 0}
             of_stage_2 = {"layer choice", "trainable generator", "CLIP of target"}
             assert zero == (of_stage_2 if row["stage"] == 1 else set())

@@ -10,11 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import GOLDEN, assert_same, normal, refusal
+from nvidia_pickles import Payload
 
 from checkpoints import load_generator, save_generator
 from checkpoints.stylegan2 import WANTED, read_checkpoint
 from stylegan2_ops import Generator
-from tests.nvidia_pickles import Payload
 
 TINY = GOLDEN / "rosinality_tiny.pt"
 BIAS = "convs.0.activate.bias"

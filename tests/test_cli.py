@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import shutil
 import sys
 import threading
@@ -12,7 +13,19 @@ from unittest import mock
 
 import pytest
 import torch
-from command import NADA, SHORT, WORLD, answer, done, history_of, names, same, start, two_clips
+from command import (
+    NADA,
+    SHORT,
+    WORLD,
+    answer,
+    done,
+    history_of,
+    names,
+    same,
+    start,
+    stopping,
+    two_clips,
+)
 from conftest import GOLDEN, assert_same
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,7 +34,7 @@ import cli
 import ipl
 from checkpoints import load_generator
 from cli import pictures, processes
-from cli.settings import GROUPS, MINIATURE, Settings, parse
+from cli.settings import GROUPS, MINIATURE, Settings, command_of, parse
 
 WITHOUT_MAPPER = {*"config.json curves.png generator.pt history.jsonl samples.png".split()}
 FILES = WITHOUT_MAPPER | {"mapper.safetensors"}
@@ -195,6 +208,36 @@ def test_words_and_gaps_of_samples():
     assert columns[-2 * 128 :].min() > 0.8 and columns[: -2 * 128].max() < 0.5  # a margin
     assert (rows == 0).nonzero().min() == 2 * 128  # a gap
     assert black[: 2 * 128, : -2 * 128].any() and black[4 * 128 + 8 :].any()  # words and the note
+
+
+def test_samples_say_how_they_were_made_and_a_stopped_run_says_the_same(tmp_path, monkeypatch):
+    """The words of a command that repeats it, and of the machine's paths none that nobody typed."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("rosinality_tiny.pt", "clip_tiny.pt"):
+        shutil.copy(GOLDEN / name, tmp_path)
+    words = ["--generator=~/rosinality_tiny.pt", "--clip=~/clip_tiny.pt", *NADA, "--target", "日本"]
+    done(*words, "--seed", "3", "--out", tmp_path / "whole")
+    words += ["--seed", "3", "--out", tmp_path / "stopped", "--save-every", "1"]
+    with stopping(1):
+        assert answer(*words)[0] == 130
+    done(*words, "--resume")
+    files = [(tmp_path / run / "samples.png").read_bytes() for run in ("whole", "stopped")]
+    assert files[0] == files[1] and str(tmp_path).encode() not in files[0]
+    with Image.open(tmp_path / "whole" / "samples.png") as image:
+        assert image.text["seed"] == "3"
+        command = shlex.split(image.text["command"])
+    assert command[:2] == ["python", "ipl.py"] and "~/clip_tiny.pt" in command
+    (run,) = parse([*map(str, words)])
+    assert parse(command[2:]) == [replace(run, out=None, save_every=50)]
+
+
+@pytest.mark.parametrize("words", [
+    "", "--target 'pixel art' --steps 7", "--generator x.pt --clip a b --tf32 --betas 0.1 0.2",
+    "--generator miniature-ddpm --no-plain-adam", "--clip a --clip-weights 2 --growth 1.5 3",
+])  # fmt: skip
+def test_the_command_of_a_run_repeats_it(words):
+    (settings,) = parse(shlex.split(words))
+    assert parse(shlex.split(command_of(settings))[2:]) == [settings]
 
 
 def test_curves_have_words_for_every_number_and_are_light(tiny):

@@ -9,11 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import GOLDEN, close, refusal, rng
+from nvidia_pickles import Payload, dumps
 
 import ipl
 import miniature
 from checkpoints.clip import KIND, NUMBERS, RELEASED, _check, read_clip
-from tests.nvidia_pickles import Payload, dumps
 
 TINY = torch.load(GOLDEN / "clip_tiny.pt", weights_only=True)
 

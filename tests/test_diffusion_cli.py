@@ -77,6 +77,17 @@ def test_a_run_and_its_files(finished, folder):
     assert mapper["weights.0"].shape[1] == 32  # the bottleneck's width, and not that of pictures
 
 
+def test_metrics_of_a_run(finished, folder):
+    """Of the inverted pictures, whose reconstructions are the source's row."""
+    words = ["--run", "finished", "--n", "3", "--out", "metrics.json", "--real", "pictures"]
+    with contextlib.chdir(folder):
+        table = done("metrics", *words)
+        rows = json.loads((folder / "metrics.json").read_text())["rows"]
+        (folder / "metrics.json").unlink()
+    assert "N 3, seed 1" in table and [x["name"] for x in rows] == ["source", "finished"]
+    assert rows[0]["psnr"] == "inf" and 0 < rows[1]["psnr"] < 60 and rows[1]["frechet-clip"] > 0
+
+
 def test_defaults_are_those_of_the_generator(folder):
     with contextlib.chdir(folder):
         for name, preset in (("ddpm.ckpt", DIFFUSIONCLIP), ("miniature-ddpm", MINIATURE_DDPM)):
@@ -120,6 +131,14 @@ def test_sample_of_other_pictures(folder, finished, tmp_path):
         assert image.height > 3 * 128 and image.width > 3 * 128
 
 
+def test_what_needs_latents_of_a_gan_is_refused(folder, finished, tmp_path):
+    with contextlib.chdir(folder):
+        for words in ("sample --seeds 0-3", "sample --outdir singly", "video --output new.gif"):
+            code, out, err = answer(*words.split(), "--run", finished)
+            assert code == 2 and out == "" and err.count("\n") == 1 and "diffusion model" in err
+            assert not {"grid.png", "singly", "new.gif"} & names(folder)
+
+
 def test_inspect_and_convert(folder, finished, tmp_path):
     with contextlib.chdir(folder):
         said = done("inspect", "ddpm.ckpt")
@@ -138,7 +157,8 @@ def test_pictures_are_cropped_to_their_middle(tmp_path):
     pixels = torch.zeros(10, 30, 3, dtype=torch.uint8)
     pixels[:, 10:20] = 255
     Image.fromarray(pixels.numpy()).save(tmp_path / "wide.png")
-    assert (diffusion.read_picture(tmp_path / "wide.png", 10) == 1).all()
+    picture, note = diffusion.read_picture(tmp_path / "wide.png", 10)
+    assert (picture == 1).all() and note == ""
 
 
 # ----------------------------------------------------------------------------------------------

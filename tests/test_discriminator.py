@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, close, normal, refusal
+from nvidia_pickles import Payload, dumps, network
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
@@ -18,7 +19,6 @@ from miniature.train import discriminator as training
 from stylegan2_ops import Discriminator, Generator
 from stylegan2_ops.discriminator import minibatch_stddev
 from stylegan2_ops.losses import discriminator_loss, generator_loss, path_lengths, r1_penalty
-from tests.nvidia_pickles import Payload, dumps, network
 
 NVIDIAS = ["tiny", "tiny_py311", "variant_clamp", "variant_resnet"]
 SMALL = {4: 3, 8: 2}

@@ -12,7 +12,7 @@ ROOMS = "stylegan2_ops diffusion checkpoints miniature ipl variants cli experime
 EXPERIMENTS = [  # on the world, above the method
     *(f"miniature/{name}.py" for name in ("evaluate", "evaluate_diffusion", "inspect"))
 ]
-ABOVE = ["benchmarks", "notebooks", "tests"]
+ABOVE = ["benchmarks", "examples", "notebooks", "tests"]
 
 
 def imports(path):

@@ -106,7 +106,7 @@ def test_other_pictures_do_not_go_on_with_a_run(folder):
 @pytest.mark.parametrize("words, line", [
     ("--target-images nowhere --method nada", "--target-images nowhere: no such folder"),
     ("--target-images empty --method nada", "there is no picture in it"),
-    ("--target-images broken --method nada", "broken/a.png cannot be read"),
+    ("--target-images broken --method nada", "cannot read broken/a.png"),
     ("--target-images mine", "--image-weight 1 leaves the prompts no part"),
     ("--target-images mine --image-weight 1.5", "--image-weight must be from 0 to 1"),
     ("--image-weight .5", "--image-weight is of target pictures"),

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, assert_same, close, normal, refusal
+from nvidia_pickles import Call, dumps, module, network, torch_save
 
 from checkpoints import load_generator, save_generator
 from stylegan2_ops import Generator
-from tests.nvidia_pickles import Call, dumps, module, network, torch_save
 
 FILES = ["nvidia_tiny", "nvidia_tiny_py311"]
 FILES += [f"nvidia_variant_{name}" for name in ("clamp", "cond", "resnet")]
@@ -148,14 +148,47 @@ def other(path, **changes):
     return {"G_ema": network("variant_resnet", path, **changes)}
 
 
-SIGNAL = module("SynthesisInput", size=np.array([36, 36]), bandwidth=np.float64(2))
-STYLEGAN3 = module("Generator", {}, {"synthesis": module("Synthesis", {}, {"input": SIGNAL})})
+def stylegan3(class_name="Generator", embed=None):
+    """As training/networks_stylegan3.py has its parts, two layers of them; embed: StyleGAN-XL's."""
+
+    def linear(inputs, outputs):
+        parts = {"weight": torch.ones(outputs, inputs), "bias": torch.zeros(outputs)}
+        return module("FullyConnectedLayer", parts, bias_gain=1, activation="linear")
+
+    def layer(size):
+        parts = {"weight": torch.ones(4, 4, 3, 3), "bias": torch.zeros(4)}
+        filters = {"up_filter": torch.ones(12), "down_filter": None}
+        sizes = {"in_size": np.array([size, size]), "in_cutoff": np.float64(2), "up_factor": 2}
+        return module("SynthesisLayer", parts | filters, {"affine": linear(16, 4)}, **sizes)
+
+    signal = {"freqs": torch.ones(4, 2), "phases": torch.ones(4), "transform": torch.eye(3)}
+    numbers = {"size": np.array([36, 36]), "bandwidth": np.float64(2)}
+    layers = {"input": module("SynthesisInput", signal, {"affine": linear(16, 4)}, **numbers)}
+    names = ["L0_36_4", "L1_36_4"]
+    layers |= {name: layer(36) for name in names}
+    mapping = {"fc0": linear(16, 16), "fc1": linear(16, 16)}
+    if embed:  # of a class that persistence does not hold
+        mapping |= {"embed": embed, "embed_proj": linear(16, 16)}
+    return module(class_name, {}, {
+        "synthesis": module("SynthesisNetwork", {}, layers, layer_names=names, w_dim=16),
+        "mapping": module("MappingNetwork", {}, mapping, w_dim=16),
+    }, z_dim=16, img_resolution=16, img_channels=3)  # fmt: skip
+
+
+STYLEGAN3, XL = stylegan3(), stylegan3(embed=Call("foreign.sparse", "Embedding"))
+EG3D = module("TriPlaneGenerator", {}, {
+    "renderer": Call("training.volumetric_rendering.renderer", "ImportanceRenderer"),
+    "backbone": module("Generator", {}, {"synthesis": module("SynthesisNetwork")}),
+})  # fmt: skip
 TENSORFLOW = Call("dnnlib.tflib.network", "Network", {"version": 4})
 NAN, ATTENTION = torch.full([16, 16, 3, 3], torch.nan), {"a": module("A", {"q": torch.ones(2)})}
 FC, CONV = "mapping.fc0", "synthesis.b8.conv0"
 OTHERS = [  # content: message
     ((TENSORFLOW, TENSORFLOW, TENSORFLOW), "a pickle of the TensorFlow era; wanted: "),
-    ({"G": None, "G_ema": STYLEGAN3}, "G_ema is a StyleGAN3 generator; wanted: a StyleGAN2 "),
+    ({"G": None, "G_ema": STYLEGAN3}, "G_ema is a StyleGAN3 generator; wanted: a StyleGAN2 or "),
+    ({"G_ema": XL}, "G_ema is a StyleGAN-XL generator; wanted: a StyleGAN2 or "),
+    ({"G_ema": EG3D}, "G_ema is an EG3D (tri-plane) generator; wanted: a StyleGAN2 or "),
+    ({"G_ema": module("G", {}, {"synthesis": 1})}, "G_ema.synthesis is no module"),
     ({"G": STYLEGAN3}, 'not a generator checkpoint, it has no "G_ema"; wanted: '),
     (other(FC, _modules=ATTENTION), f"G_ema is not a plain StyleGAN2 generator, it has '{FC}"),
     (other(FC, bias_gain=0.1), f"G_ema.{FC}.bias_gain is 0.1; wanted: 0.01"),

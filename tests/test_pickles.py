@@ -17,12 +17,12 @@ import clip  # noqa: F401  read_clip does it late, and its memory would count
 import pytest
 import torch
 from conftest import GOLDEN, assert_same, refusal
+from nvidia_pickles import Payload, dumps, members, module, torch_save, zipped
 
 from checkpoints import CheckpointError, load_generator
 from checkpoints.clip import read_clip
 from checkpoints.pickles import MAX_OPERATIONS
 from checkpoints.stylegan2 import read_checkpoint
-from tests.nvidia_pickles import Payload, dumps, members, module, torch_save, zipped
 
 TINY, BIAS = GOLDEN / "rosinality_tiny.pt", "convs.0.activate.bias"
 

@@ -38,9 +38,9 @@ T0 = 500  # where the report's inversions end
 
 @dataclass(frozen=True)
 class Config:
-    pool: int = 16_000  # Photos, each drawn once.
-    steps: int = 15_000  # Training steps.
-    batch: int = 64  # Photos a step.
+    pool: int = 6000  # Photos, each drawn once.
+    steps: int = 4000  # Training steps.
+    batch: int = 16  # Photos a step.
     lr: float = 1.2e-3  # Peak rate: after 100 steps, until half of them; then down to 2% of it.
     ema: float = 0.999  # Decay of the running average; in the first steps it is shorter.
     held_out: int = 64  # Persons of the report.

@@ -1,0 +1,73 @@
+"""A stranger's pictures -> uint8 tensors. Nothing of a file is executed: no EPS, no Ghostscript."""
+
+import warnings
+from pathlib import Path
+
+import torch
+
+FORMATS = "PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+
+
+def read_image(path, least=32):
+    """A picture file -> (uint8 [3, H, W] in RGB, a note in words, or "").
+
+    Turned as its camera was held, what is transparent laid over white, of 16 bits the upper 8, of
+    an animation the first picture; the note says which of it was done. least: pixels of the shorter
+    side. Raises ValueError, of one line, if there is no such picture, or a smaller one.
+    """
+    path, wanted = Path(path), f"wanted: a whole picture, {', '.join(FORMATS)}"
+    try:
+        if not path.is_file():
+            why = "not a file" if path.exists() else "no such file"
+        elif path.stat().st_size == 0:
+            why = "it is empty"
+        else:
+            with warnings.catch_warnings(action="ignore"):  # of what Pillow finds odd in it
+                image, note = _read(path)
+            if min(image.size) >= least:
+                pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+                return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous(), note
+            why = f"it has {image.width}x{image.height} pixels"
+            wanted = f"wanted: at least {least} on each side"
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a stranger's bytes can raise
+        why = getattr(error, "strerror", None) or f"no picture, or damaged ({type(error).__name__})"
+    raise ValueError(f"cannot read {path}: {why}; {wanted}")
+
+
+def _read(path):
+    """A picture in RGB, and the note."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    notes = []
+    with Image.open(path, formats=FORMATS) as image:
+        if getattr(image, "is_animated", False):
+            notes.append("the first of its pictures")
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise TypeError("no range is known of its numbers")
+    if image.mode.startswith("I"):  # 0 to 65535
+        notes.append("the upper 8 of its 16 bits")
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    if image.mode == "RGBA" or image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            notes.append("what is transparent laid over white")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode != "RGB":
+        kinds = {"L": "grey", "1": "black and white", "P": "palette"}
+        notes.append(f"{kinds.get(image.mode, image.mode)} turned to RGB")
+    return image.convert("RGB"), ", ".join(notes)
+
+
+def as_square(pixels, side):
+    """uint8 [3, H, W] -> the middle of it, resized: [3, side, side] in [-1, 1]."""
+    from PIL import Image, ImageOps
+
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    square = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return square.view(side, side, 3).permute(2, 0, 1).float() / 127.5 - 1
