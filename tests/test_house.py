@@ -58,6 +58,8 @@ def test_no_arrow_runs_up_and_none_in_a_circle(room):
         found = {*imports(path)}
         if name == "stylegan2_ops":  # whose load_generator goes on working
             found.discard("checkpoints")
+        if name == "variants.air":  # whose last lines, like ipl.py's, start its command line
+            found -= {"cli.air", "cli.air.main"}
         assert not [x for x in found if room_of(x) in above], name
         found |= {x.rpartition(".")[0] for x in found}
         arrows[name] = found & known.keys() - {name, room}
