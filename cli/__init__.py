@@ -10,6 +10,7 @@ from cli import (
     adapt,
     convert,
     edit,
+    few_shot,
     inspect,
     invert,
     listing,
@@ -37,10 +38,10 @@ def command(argv):
     check_words(argv)
     if argv and not argv[0].startswith("-"):
         known = (
-            sample.sample, invert.invert, edit.edit, video.video, report.report,
-            metrics.metrics, listing.list, convert.convert, inspect.inspect,
+            sample.sample, few_shot.command(argv), invert.invert, edit.edit, video.video,
+            report.report, metrics.metrics, listing.list, convert.convert, inspect.inspect,
         )  # fmt: skip
-        commands = {function.__name__: function for function in known}
+        commands = {function.__name__.replace("_", "-"): function for function in known}
         tyro.extras.subcommand_cli_from_dict(commands, prog="ipl.py", args=argv)
         return []
     runs = run_folder.spread(settings.parse(argv, describe=processes.is_first()))

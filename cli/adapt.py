@@ -15,7 +15,7 @@ from checkpoints.clip import read_clip
 from checkpoints.download import split_url
 from cli import diffusion, image_targets, pictures, processes
 from cli.keeper import Keeper
-from cli.run_folder import FILES, find_generator, folder_of, save_run
+from cli.run_folder import FILES, config_of, find_generator, folder_of, save_run
 from cli.settings import EMBEDDED, check, check_layers, check_shares, command_of
 from diffusion import DiffusionGenerator
 from miniature.inverted import InvertedTruth
@@ -114,7 +114,7 @@ def adapt(settings):
             "curves.png": lambda: pictures.curves(history, floor),
             "samples.png": lambda: label(settings, generator, grid),
         })  # fmt: skip
-        save_run(keeper.folder, settings, mappers, adapted, history, drawn)
+        save_run(keeper.folder, config_of(settings), mappers, adapted, history, drawn)
         keeper.finish()
     say_finished(keeper, settings, generator, adapted)
 

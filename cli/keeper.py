@@ -38,15 +38,19 @@ class Keeper:
     that ipl.py names. With it a run goes on to the same bits on the same machine; it does not with
     another device or number of processes. `finished` says that nothing is left to do.
 
+    depends_on: settings -> what the result depends on, by name; read: a finished run's folder ->
+    its settings; both of the main command, unless another has settings of its own.
+
     Raises ValueError, of one line: for files in the folder that would be lost, for a checkpoint
     that is damaged, for a run of other settings, and names those that differ.
     """
 
-    def __init__(self, folder, settings, device):
+    def __init__(self, folder, settings, device, depends_on=None, read=read_config):
+        self.depends_on, self.read = depends_on or of_the_result, read
         self.folder, self.path, self.cfg = folder, folder / CHECKPOINT, settings
         self.found, self.loops, self.finished, self.stage = {}, {}, False, None
         self.seconds = {}  # {stage: that this process has spent in it}
-        self.settings = of_the_result(settings) | {"device": device.type}
+        self.settings = self.depends_on(settings) | {"device": device.type}
         refusal = None
         if rank() == 0:
             self.stamp = self._stamp()
@@ -81,7 +85,7 @@ class Keeper:
         if unfinished:
             settings, self.found = read_checkpoint(self.path)
         else:
-            self.finished, settings = True, of_the_result(read_config(self.folder))
+            self.finished, settings = True, self.depends_on(self.read(self.folder))
         if different := [
             f"{flag(name) if name.isidentifier() else name} {settings[name]}, not {value}"
             for name, value in self.settings.items()
@@ -204,7 +208,7 @@ class Keeper:
 
     def where_memory_ends(self):
         """The stage that is under way, and what takes memory there, in words."""
-        size = {1: "batch_mapper", 2: "batch"}.get(self.stage, "samples")
+        size = {1: "batch_mapper", 2: "batch", "few-shot": "batch"}.get(self.stage, "samples")
         where = "outside the stages" if self.stage is None else f"in stage {self.stage}"
         return f"{where}; wanted: less than {flag(size)} {getattr(self.cfg, size)}"
 

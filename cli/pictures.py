@@ -27,6 +27,11 @@ PANELS = {  # of each stage: {a panel: {a number of the history: the label of it
         "how far CLIP sees images move": {"delta_image_norm": ""},
         "length of the gradient": {"grad_norm": ""},
     },
+    "few-shot": {
+        "losses": {"loss": "generator", "loss_d": "discriminator"},
+        "mean logits": {"real": "shots", "fake": "generated"},
+        "length of the gradient": {"grad_norm": ""},
+    },
 }
 DASHES = ("-", "--", ":", "-.")  # of several CLIPs
 

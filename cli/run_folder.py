@@ -99,6 +99,10 @@ def read_config(folder):
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if "shots" in found:  # of a few-shot run, which has no words: what the two have in common
+            found["target"] = found["target"] or Path(found["images"]).name
+            names = "target generator seed samples truncation_psi steps batch lr ema device".split()
+            found = {name: found[name] for name in names} | {"method": "nada"}
         settings = Settings(**{k: tuple(x) if type(x) is list else x for k, x in found.items()})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         wanted = "the config.json of a finished run"
@@ -111,9 +115,14 @@ def read_config(folder):
     return settings
 
 
-def save_run(folder, settings, mappers, generator, history, pictures):
-    """Write the files. mappers: none, one, or one for each CLIP. pictures: {name: bytes}."""
-    config = asdict(replace(full_paths(settings), resume=False, overwrite=False))
+def config_of(settings):
+    """What a run's config.json says."""
+    return asdict(replace(full_paths(settings), resume=False, overwrite=False))
+
+
+def save_run(folder, config, mappers, generator, history, pictures):
+    """Write the files. config: for JSON; mappers: none, one, or one for each CLIP; pictures:
+    {name: bytes}."""
     texts = {
         "config.json": json.dumps(config, indent=2) + "\n",
         "history.jsonl": "".join(json.dumps(row, allow_nan=False) + "\n" for row in history),
