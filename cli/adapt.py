@@ -15,7 +15,7 @@ from checkpoints.clip import read_clip
 from checkpoints.download import split_url
 from cli import diffusion, image_targets, pictures, processes
 from cli.keeper import Keeper
-from cli.run_folder import FILES, config_of, find_generator, folder_of, save_run
+from cli.run_folder import FILES, config_of, find_generator, folder_of, read_config, save_run
 from cli.settings import EMBEDDED, check, check_layers, check_shares, command_of
 from diffusion import DiffusionGenerator
 from miniature.inverted import InvertedTruth
@@ -59,16 +59,17 @@ def load_clips(settings, device):
     return clips
 
 
-def prepare(settings):
+def prepare(settings, read=read_config):
     """What can refuse a run, before it writes: -> its Keeper, its generator, its CLIPs, its
-    pictures, if it is of a diffusion model, and its target pictures, else None."""
+    pictures, if it is of a diffusion model, and its target pictures, else None. read: as Keeper's.
+    """
     check(settings)
     if of_miniature(settings) and not settings.clip:
         miniature.check_labels(settings.source, *[settings.target] * asks_for_words(settings))
     processes.choose_kernels(settings.deterministic, settings.tf32)
     device = processes.pick_device(settings.device)
     check_shares(settings, ipl.ranks()[1])
-    keeper = Keeper(folder_of(settings), settings, device)
+    keeper = Keeper(folder_of(settings), settings, device, read=read)
     if keeper.finished:
         return keeper, None, None, None, None
     with processes.one_at_a_time():

@@ -9,7 +9,7 @@ import tyro
 
 import ipl
 from cli import adapt, pictures, processes, run_folder
-from cli.settings import MINIATURE, Settings, preset_of
+from cli.settings import MINIATURE, Settings, expand, preset_of
 from miniature import faces
 from variants import air
 
@@ -46,18 +46,31 @@ def true_features(run, generator, clip):
     return torch.cat([E_I(x) for x in images.split(32)])
 
 
+def read(folder):
+    """The Run of a finished folder. Raises ValueError if it is of another command."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return Run(**{k: tuple(x) if type(x) is list else x for k, x in found.items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} is no run of AIR; wanted: another --out") from error
+
+
 def make(run):
     """What python ipl.py writes, but for the curves, and anchors.jsonl, a line for each anchor."""
     air.check_config(run)
-    run = replace(run, out=run.out or f"runs/air-{run_folder.name_of(run)}")
-    keeper, generator, clips, images, targets = adapt.prepare(run)
+    out = expand(run.out) or f"runs/air-{run_folder.name_of(run)}"
+    clip = tuple(map(expand, run.clip))
+    run = replace(run, out=out, generator=expand(run.generator), clip=clip)
+    if run.keep_memory:
+        processes.keep_memory()
+    keeper, generator, clips, images, targets = adapt.prepare(run, read)
     if keeper.finished:
         return print(f"{keeper.folder} is a finished run: nothing is left to do")
     if images is not None or targets is not None or len(clips) > 1:
         raise ValueError("AIR is of words, a StyleGAN2 and one CLIP; wanted: python ipl.py")
     rng, (clip,) = torch.Generator().manual_seed(run.seed), clips
     plain = Settings(**{field.name: getattr(run, field.name) for field in fields(Settings)})
-    with keeper:
+    with processes.memory_advice(keeper.where_memory_ends), keeper:
         truth = true_features(run, generator, clip)
         adapted, mappers, history, rows = air.adapt(
             run, generator, clip, rng=rng, true_features=truth, steps=keeper
@@ -67,7 +80,8 @@ def make(run):
         page = {"samples.png": lambda: pictures.png(pictures.labelled(grid, side, *words))}
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         more = pictures.of_run(page) | {"anchors.jsonl": lines}
-        run_folder.save_run(keeper.folder, plain, mappers, adapted, history, more)
+        config = run_folder.config_of(run)
+        run_folder.save_run(keeper.folder, config, mappers, adapted, history, more)
         keeper.finish()
     for row in rows:
         print(", ".join(f"{name} {round(x, 3)}" for name, x in row.items()))

@@ -146,7 +146,7 @@ def of_runs(runs, device):
 
     Raises ValueError, which names two runs, if they have different sources.
     """
-    sources, adapted, words, names = [], [], [], []
+    first, adapted, words = None, [], []
     for run in runs:
         path = find_generator(run)
         if path is None:
@@ -156,16 +156,16 @@ def of_runs(runs, device):
         source, target = generators(settings, path, device)
         if shapes(source) != shapes(target):
             raise ValueError(f"{path} is of another network; wanted: that of the run's generator")
-        sources.append(source)
         adapted.append(target)
         words.append(settings.target.strip())
         of_class = f", class {settings.class_index}" * bool(source.c_dim)
-        names.append((settings.generator or "the miniature's") + of_class)
-        of_first = read_config(runs[0]).class_index
-        if digest(source) != digest(sources[0]) or settings.class_index != of_first:
-            found = f"{runs[0]} adapts {names[0]}, and {run} adapts {names[-1]}"
+        name = (settings.generator or "the miniature's") + of_class
+        what = digest(source), settings.class_index
+        first = first or (source, what, name)
+        if what != first[1]:
+            found = f"{runs[0]} adapts {first[2]}, and {run} adapts {name}"
             raise ValueError(f"{found}; wanted: runs of one source generator")
-    return sources[0], adapted, words
+    return first[0], adapted, words
 
 
 def shapes(generator):
@@ -174,8 +174,13 @@ def shapes(generator):
 
 def names_of(runs):
     """Of files: those of the folders, with a number where another has it."""
-    names = ["picture", "inversion", *(Path(x).absolute().name for x in runs)]
-    return [f"{x}-{i}" if names.count(x) > 1 else x for i, x in enumerate(names[2:])]
+    names = ["picture", "inversion"]
+    for run in runs:
+        name, i = Path(run).absolute().name, 0
+        while (new := f"{name}-{i}" if i else name) in names:
+            i += 1
+        names.append(new)
+    return names[2:]
 
 
 def read_all(paths, source):
@@ -210,8 +215,10 @@ def read_w(path, source):
             found = f"its w is of the generator {of[:12]}, the run's source is {own[:12]}"
             raise CheckpointError(f"{found} (SHA-256); wanted: {wanted}")
         square = None
-        if "image" in file and file["image"].shape == (source.resolution, source.resolution, 3):
-            square = torch.from_numpy(file["image"]).permute(2, 0, 1).float() / 127.5 - 1
+        size = (source.resolution, source.resolution, 3)
+        image = file["image"] if "image" in file else None
+        if image is not None and image.shape == size and image.dtype == np.uint8:
+            square = torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
         return torch.from_numpy(w.astype(np.float32)).view(shape), square
 
     return read_file(path, wanted, parse)

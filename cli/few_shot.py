@@ -79,7 +79,11 @@ def check(settings):
         ("seed", lambda x: 0 <= x < 2**62, "0 or more, and below 2^62"),
         ("samples", lambda x: 1 <= x <= 10_000, "from 1 to 10000"),
         ("mixing flip cr_flip cr_shift", lambda x: 0 <= x <= 1, "from 0 to 1"),
-        ("freeze_until", lambda x: x >= 4, "4 or more"),
+        ("r1 path cr cr_fake distance anchor_spread dag self_weight cross_weight ewc",
+         lambda x: 0 <= x <= 1e30, "from 0 to 1e30"),
+        ("freeze_until", lambda x: x in [2**i for i in range(2, 11)], "a power of 2 from 4 on"),
+        ("compression", lambda x: all(0 <= s <= 1 for s in x), "numbers from 0 to 1"),
+        ("dag_policies", lambda x: 0 < len(x) == len({*x}), "one or more, none of them twice"),
         ("truncation_psi", lambda x: abs(x) <= 1000, "between -1000 and 1000"),
     ):  # fmt: skip
         for name in names.split():
@@ -118,6 +122,12 @@ def load_networks(settings, device):
         return G, load_discriminator(discriminator_path(settings), device)
     except ValueError as error:
         ways = "or --discriminator FILE, or none for a fresh one"
+        if not (settings.discriminator or settings.generator):
+            ways = "python -m miniature.train.discriminator makes one; then --discriminator"
+            raise ValueError(
+                f"the miniature has no discriminator yet; wanted: {ways} runs/discriminator.pt, or "
+                "none for a fresh one"
+            ) from error
         raise ValueError(f"{error}; {ways}") from error
 
 
@@ -164,8 +174,13 @@ def read_shots(settings, G):
 
 
 def folder_of(settings):
-    word = (settings.target or Path(settings.images).resolve().name).replace(" ", "-")
+    word = word_of(settings).replace(" ", "-")
     return Path(settings.out or Path("runs") / f"{word}-few-shot-{settings.method}")
+
+
+def word_of(settings):
+    """What the run calls its target."""
+    return settings.target or Path(settings.images).resolve().name or "shots"
 
 
 def full_paths(settings):
@@ -205,6 +220,9 @@ def run(settings):
         print(f"{keeper.folder} is a finished run: nothing is left to do")
         return
     G, D = load_networks(settings, device)
+    if settings.freeze_until > G.resolution:
+        found = f"--freeze-until {settings.freeze_until}"
+        raise ValueError(f"{found} freezes nothing; wanted: at most {G.resolution}")
     shots, names, find_codes = read_shots(settings, G)
     codes = find_codes() if settings.method == "rssa" and len(shots) > 1 else None
     with warnings.catch_warnings(action="ignore"):  # they are given below
@@ -251,7 +269,7 @@ def samples(settings, source, adapted, shots, codes=None):
             rows.append(F.pad(row, (0, (columns - len(part)) * R), value=1))
     grid = ((torch.cat(rows, dim=1) + 1) * 127.5).round().clamp(0, 255)
     grid = grid.permute(1, 2, 0).to(torch.uint8)
-    name = settings.target or Path(settings.images).name
+    name = word_of(settings)
     note = f"{settings.method}, seed {settings.seed}, {settings.steps} steps"
     words = f"{k} shots", "nearest shot", note, ("source", name)
     return pictures.png(pictures.labelled(grid, R, *words))

@@ -66,8 +66,8 @@ def invert(
         write(outdir / f"{name}.png", pictures.png(as_pixels(projections[i])))
         write(files[i], packed(w[i : i + 1], source, squares[i]))
         print(f"{outdir / name}.png, {files[i]}: {image[i]}, {decibels:.1f} dB")
-    named = shlex.join(map(str, files))
-    print(f"next: python ipl.py edit --run {run or 'RUN'} --projected-w {named}")
+    named = shlex.join(["--run", str(run or "RUN"), "--projected-w", *map(str, files)])
+    print(f"next: python ipl.py edit {named}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -157,6 +157,8 @@ def of_run_or_file(run, generator, class_index, device):
     """The generator that pictures are inverted with: never an adapted one, which has other w."""
     if run and generator:
         raise ValueError("--run names a generator, and so does --generator; wanted: one of them")
+    if run and class_index is not None:
+        raise ValueError("--class-index is of --generator; a --run has its own")
     if not run:
         path = expand(generator) or miniature.GENERATOR
         if generator and diffusion.is_diffusion(path):

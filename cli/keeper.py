@@ -19,7 +19,15 @@ import ipl
 import miniature
 from checkpoints.files import write_atomically
 from cli.processes import any_rank, deferred_signals, in_words, rank
-from cli.run_folder import CHECKPOINT, FILES, find_generator, full_paths, make_folder, read_config
+from cli.run_folder import (
+    CHECKPOINT,
+    FILES,
+    find_generator,
+    full_paths,
+    made_by,
+    make_folder,
+    read_config,
+)
 from cli.settings import EMBEDDED, flag
 
 OF_A_CALL = "out overwrite resume save_every device keep_memory".split()  # not of the result
@@ -85,6 +93,8 @@ class Keeper:
         if unfinished:
             settings, self.found = read_checkpoint(self.path)
         else:
+            if self.read is read_config and (other := made_by(self.folder)):
+                raise ValueError(f"{self.folder} is a run of {other}; wanted: another --out")
             self.finished, settings = True, self.depends_on(self.read(self.folder))
         if different := [
             f"{flag(name) if name.isidentifier() else name} {settings[name]}, not {value}"

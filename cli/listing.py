@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cli.run_folder import find_generator, read_config
+from cli.run_folder import find_generator, made_by, read_config
 from cli.settings import expand
 from miniature import LABELS
 
@@ -27,7 +27,8 @@ def list(folder: Path = Path("runs")):
     for run in runs:
         try:
             cfg = read_config(run)
-            what = f"{cfg.source} to {cfg.target}, {cfg.method}, seed {cfg.seed}"
+            method = made_by(run) or cfg.method
+            what = f"{cfg.source} to {cfg.target}, {method}, seed {cfg.seed}"
         except ValueError as error:  # a run whose config is damaged does not hide the others
             what = str(error)
         print(f"  {run}  {what}")

@@ -18,7 +18,7 @@ import miniature
 from checkpoints.files import write_atomically
 from cli import diffusion, processes, scorers, scores
 from cli.adapt import has_truth, load_clips, of_miniature
-from cli.run_folder import find_generator, make_folder, read_config
+from cli.run_folder import FEW_SHOT, find_generator, made_by, make_folder, read_config
 from cli.sample import generators
 from cli.settings import check, expand, flag
 from diffusion import DiffusionGenerator
@@ -151,6 +151,8 @@ def metrics(
     shown, lacking = choose(metrics or rules.metrics, eyes)
     asked = {name: rules.counts.get(name, n) for name in shown if name not in lacking}
     check_numbers(asked, n, len(files) or n, rules, eyes)
+    if "is" in asked and side < 75 and not rules.sides:
+        raise ValueError(f"pictures of {side} px; wanted, for this protocol's IS: 75 or more")
     make_folder(out.parent)
 
     truth = Truth(settings, n) if world else None
@@ -221,6 +223,8 @@ def read_runs(folders, clip, psi, images):
             wanted = "a folder with a generator.pt"
             raise ValueError(f"{folder} is no finished run; wanted: {wanted}")
         configs.append(read_config(folder))
+        if made_by(folder) == FEW_SHOT and configs[-1].generator and not clip:
+            raise ValueError(f"{folder} is a few-shot run, which has no CLIP; wanted: --clip FILE")
     if len({x.resolve() for x in folders}) < len(folders):
         raise ValueError("--run names a folder twice; wanted: each once")
     changes = {
@@ -229,7 +233,10 @@ def read_runs(folders, clip, psi, images):
         "images": expand(images) if images else configs[0].images,
     }
     given = {"clip": clip, "truncation_psi": psi, "images": images}
-    for name in ("generator", "class_index", "source", "target", *given):
+    alike = ["generator", "class_index", "source", "target", *given]
+    if diffusion.asked_for(configs[0]):
+        alike += ["t0", "side", "inversion_steps", "synthesis_steps", "picture_steps"]
+    for name in alike:
         for folder, config in zip(folders, configs, strict=True):
             first, value = getattr(configs[0], name), getattr(config, name)
             if first != value and given.get(name) is None:
@@ -322,7 +329,7 @@ def synthesis(settings, generator, w):
 
 def read_pictures(paths, side):
     """Pictures, uint8 [n, 3, side, side], of files."""
-    return scores.pixels(torch.stack([diffusion.read_picture(path, side) for path in paths]))
+    return scores.pixels(torch.stack([diffusion.read_picture(path, side)[0] for path in paths]))
 
 
 def load_known(settings, world, device):

@@ -17,7 +17,7 @@ import ipl
 from checkpoints.files import write_atomically
 from cli import diffusion, pictures, processes
 from cli.adapt import has_truth
-from cli.run_folder import find_generator, make_folder, read_config
+from cli.run_folder import find_generator, made_by, make_folder, read_config
 from cli.sample import generators, latents_of, seeds_of
 from cli.settings import check, command_of, expand, flag, preset_of
 from miniature import faces
@@ -87,7 +87,8 @@ def report(
     if len({*names}) < len(names):
         names = [*map(str, folders)]
     rows, judged = pictures_and_figures(folders, found, names, numbers, psi, device)
-    page = page_of(found, names, seeds, psi, rows, judged, trainings).encode(
+    kinds = [*map(made_by, folders)]
+    page = page_of(found, names, seeds, psi, rows, judged, trainings, kinds).encode(
         errors="backslashreplace"
     )
     if len(page) > MOST_BYTES:
@@ -231,7 +232,7 @@ def table(head, rows, kind=""):
     return f'<div class="scroll" tabindex="0"><table class="{kind}">\n{body}\n</table></div>'
 
 
-def page_of(found, names, seeds, psi, rows, judged, trainings):
+def page_of(found, names, seeds, psi, rows, judged, trainings, kinds):
     """The whole file."""
     sources, targets = ({x: None for x in words} for words in (
         [x.source.strip() for x in found], [x.target.strip() for x in found]
@@ -259,13 +260,17 @@ def page_of(found, names, seeds, psi, rows, judged, trainings):
         ]
         note = "What the embedded judge sees in 64 other persons, whose latents no training uses."
         parts += ["<h2>Figures</h2>", f"<p>{note}</p>", table(head, figures)]
-    parts += ["<h2>Settings</h2>", *settings_of(found, names), "<h2>Training</h2>"]
+    settings = ["<p>Runs of other commands: in the config.json of each.</p>"]
+    settings = settings if any(kinds) else settings_of(found, names)
+    parts += ["<h2>Settings</h2>", *settings, "<h2>Training</h2>"]
     for name, (data, losses) in zip(names, trainings, strict=True):
         caption = f"<figcaption>{escaped(name)}<small>{escaped(losses)}</small></figcaption>"
         image = picture(data, f"losses of each step of {name}")
         parts.append(f"<figure>{caption}{image}</figure>")
     parts.append("<h2>Commands</h2>")
-    parts += [f"<pre>{escaped(command_of(settings))}</pre>" for settings in found]
+    for kind, settings in zip(kinds, found, strict=True):
+        words = f"{kind}, with its config.json" if kind else command_of(settings)
+        parts.append(f"<pre>{escaped(words)}</pre>")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     body = "\n".join(parts)
     return f"""<!DOCTYPE html>

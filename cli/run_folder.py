@@ -26,10 +26,11 @@ from cli.settings import EMBEDDED, Settings, check
 from diffusion import DiffusionGenerator
 
 CHECKPOINT = "checkpoint.pt"
+FEW_SHOT, AIR = "python ipl.py few-shot", "python -m variants.air"  # whose runs are alike
 GENERATORS = ("generator.pt", "generator.safetensors")
 FILES = (
     CHECKPOINT, *GENERATORS, "mapper.safetensors", "config.json", "history.jsonl", "curves.png",
-    "samples.png",
+    "samples.png", "anchors.jsonl",
 )  # fmt: skip
 
 
@@ -93,16 +94,28 @@ def full_paths(settings):
     )
 
 
+def kind_of(config):
+    """Of a config.json: the command that wrote it, if that is not the main one."""
+    return FEW_SHOT if "shots" in config else AIR if "lambda_air" in config else ""
+
+
+def made_by(folder):
+    """The command that made a finished run, if that is not the main one."""
+    return kind_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
 def read_config(folder):
     """The Settings of a run. Raises ValueError, of one line, if there are none, or of one that is
     out of its range."""
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if "shots" in found:  # of a few-shot run, which has no words: what the two have in common
-            found["target"] = found["target"] or Path(found["images"]).name
+        if kind_of(found) == FEW_SHOT:  # which has no words: what the two have in common
+            found["target"] = found["target"] or f"{Path(found['images']).name} shots"
             names = "target generator seed samples truncation_psi steps batch lr ema device".split()
             found = {name: found[name] for name in names} | {"method": "nada"}
+        if kind_of(found) == AIR:
+            found = {k: x for k, x in found.items() if k in Settings.__dataclass_fields__}
         settings = Settings(**{k: tuple(x) if type(x) is list else x for k, x in found.items()})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         wanted = "the config.json of a finished run"

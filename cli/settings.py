@@ -93,7 +93,7 @@ ABOUT = f"""Adapt a generator to a new domain, from words alone: image-specific 
   python ipl.py --source photo --target anime
   python ipl.py --generator ffhq.pkl --clip ViT-B/32 --source photo --target Disney
   python ipl.py --generator ddpm-folder --images my-pictures --source photo --target anime
-  python ipl.py few-shot --target anime --shots 10
+  python ipl.py few-shot --images my-pictures --generator ffhq.pt
   python ipl.py sample | invert | edit | video | report | metrics | list | convert | inspect --help
 
 Without --generator it is the embedded miniature world, which knows

@@ -1,7 +1,7 @@
 """Few-shot adaptation: k pictures of a domain ("shots") instead of its name; seven methods, a loop.
 
 It differs from ipl.py in: 1. no CLIP and no direction: StyleGAN2's training goes on, whose
-discriminator D learns to tell shots from images of G, and G to deceive it; 2. all of G learns;
+discriminator D learns to tell shots from images of G, and G to deceive it; 2. G learns all over;
 3. what each method adds to that (its paper, and the defaults, as published):
 
     tgan     nothing: fine-tuning of both networks (1805.01677, as all later papers have it)
@@ -30,6 +30,7 @@ Where it departs from the published codes (CDC's, which RSSA's is made from; Fre
     (FreezeD); hinge loss, spectral norm (CR). `cr_fake` is bCR's (2002.04724).
  7. dag: R1 of the main head alone. `dag_all` off, ours, draws one transform a policy and step.
  8. rssa: the length of paths is of codes that are not compressed. ewc: no code is public.
+ 9. G's mapping rests, so that w means the same to both; there it learns at 1/100 of the rate.
 """
 
 import copy
@@ -105,6 +106,8 @@ def check(cfg, generator, discriminator, shots, codes=None):
         (sides != R, f"D is of {sides} px and G of {R}; wanted: those of one training"),
         (cfg.batch % min(cfg.batch, discriminator.stddev_group),
          f"batch={cfg.batch}; wanted: a multiple of {discriminator.stddev_group}, D's groups"),
+        (cfg.batch < {"cdc": 3, "rssa": 2}.get(cfg.method, 1),
+         f"{cfg.method} compares the images of a batch, and batch={cfg.batch}; wanted: batch=4"),
         (rssa and k < 2, "rssa draws all codes to the shots', and there is one; wanted: two shots"),
         (rssa and getattr(codes, "shape", 0) != of_codes, f"rssa; wanted: codes {list(of_codes)}"),
     ):  # fmt: skip
@@ -123,6 +126,11 @@ def lazy_adam(parameters, lr, every):
     """StyleGAN2's, where a regulariser has a step of its own in each n-th (1912.04958, app. B)."""
     c = every / (every + 1)
     return torch.optim.Adam(parameters, lr=c * lr, betas=(0.0, 0.99**c), fused=True)
+
+
+def learning(G):
+    """The parameters of G that learn (departure 9)."""
+    return [p for name, p in G.named_parameters() if not name.startswith("style.")]
 
 
 def take_step(adam, loss, parameters):
@@ -230,12 +238,10 @@ def patch_logits(D, head, images, place):
 # -- 4. DAG ----------------------------------------------------------------------------------------
 def transforms(policy):
     """Functions of images [B, 3, R, R]; the identity is the first."""
-
     def corner(x, far):  # 3/4 of the side, enlarged by the nearest pixel
         n = x.shape[-1] * 3 // 4
         rows, columns = (slice(-n, None) if end else slice(n) for end in far)
         return F.interpolate(x[:, :, rows, columns], x.shape[-2:], mode="nearest")
-
     turns = [lambda x, k=k: x.rot90(k, (2, 3)) for k in range(4)]
     corners = [lambda x, far=far: corner(x, far) for far in ((0, 0), (0, 1), (1, 0), (1, 1))]
     fliprot = [turns[0], lambda x: x.flip(2), lambda x: x.flip(3), turns[1]]
@@ -298,18 +304,15 @@ def structural_loss(loss, source_maps, target_maps):
 
 def compressor(codes, resolution, table):
     """RSSA: a function of codes w [B, W, w_dim], w' = s |w| Pw / |Pw| + (1 - s) w, layer by layer;
-    P: onto the span of the shots' codes [k, W, w_dim]; s: table[0] where a layer makes R pixels,
-    table[1] where R / 2 ..., else 0."""
+    P: onto the span of the shots' codes [k, W, w_dim]; s: of a layer of R / 2^i pixels table[i]."""
     A, W = codes.double().cpu().transpose(0, 1), codes.shape[1]
     P = (torch.linalg.pinv(A) @ A).to(codes)  # [W, w_dim, w_dim]
     halvings = [max(0, int(math.log2(resolution)) - 2 - (j + 1) // 2) for j in range(W)]
     s = codes.new_tensor([*table, *[0] * 99])[halvings][:, None]
-
     def compress(w):
         inside = torch.einsum("bwi,wij->bwj", w, P)
         scale = w.norm(dim=-1, keepdim=True) / inside.norm(dim=-1, keepdim=True).clamp_min(1e-8)
         return s * scale * inside + (1 - s) * w
-
     return compress
 
 
@@ -317,7 +320,7 @@ def compressor(codes, resolution, table):
 def fisher_information(G, D, n, rng):
     """EWC: F_i = E_z (d log sigmoid(D(G(z))) / d theta_i)^2, of n draws: a tensor a parameter.
     One by one, for it is the mean square of single gradients."""
-    parameters, noise = [*G.parameters()], torch.Generator(G.w_avg.device).manual_seed(0)
+    parameters, noise = learning(G), torch.Generator(G.w_avg.device).manual_seed(0)
     total = [torch.zeros_like(p) for p in parameters]
     for _ in trange(n, desc="Fisher information", disable=None):
         z = torch.randn(1, G.z_dim, generator=rng).to(G.w_avg.device)
@@ -368,10 +371,9 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
         fisher = fisher_information(G, D, cfg.ewc_draws, own)
     frozen = frozen_names(D, cfg.freeze_until) if method == "freezed" else ()
     learn_d = [p for name, p in D.named_parameters() if name not in frozen] + [*extras.parameters()]
-    learn_g, start = [*G.parameters()], [*source.parameters()]
+    learn_g, start = learning(G), learning(source)
     adam_d = lazy_adam(learn_d, cfg.lr, cfg.r1_every)
     adam_g = lazy_adam(learn_g, cfg.lr, cfg.path_every)
-
     def drawn(whole, noise):  # images of G for D
         if alike and whole and cfg.anchors:
             z = extras.anchors.cpu()[torch.randint(len(shots), (cfg.batch,), generator=own)]
@@ -380,14 +382,12 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
         else:
             w = mixed_codes(G, cfg.batch, cfg.mixing, rng)
         return G.synthesis(compress(w) if method == "rssa" else w, rng=noise)
-
     def compared(noises=(None, None), compress=None):  # maps of source and G, of the same new z
         z, maps = torch.randn(cfg.batch, G.z_dim, generator=own).to(device), []
         for network, noise in zip((source, G), noises, strict=True):
             w = network.mapping(z)[:, None].expand(-1, G.num_ws, -1)
             maps.append(maps_of(network, compress(w) if compress else w, noise))
         return maps
-
     history, mean_length = [], [0.0]
     state = {"G": G, "D": D, "extras": extras, "average": average, "adam_d": adam_d}
     state |= {"adam_g": adam_g, "mean_length": mean_length, "rng": rng, "own": own}
@@ -396,7 +396,6 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
         noise, *noises = (torch.Generator(device).manual_seed(x) for x in seeds)
         whole = not alike or step % cfg.image_every == 0
         judge = D if whole else lambda x: patch_logits(D, extras["patches"], x, place)
-
         x = some_shots(shots, cfg.batch, cfg.flip, rng)  # D
         with torch.no_grad():
             fake = drawn(whole, noise)
