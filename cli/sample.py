@@ -86,6 +86,8 @@ def sample(
     picture = label(settings, source, grid, text, seeds and f"seeds {seeds:.40}")
     write_atomically(out, lambda aside: aside.write_bytes(picture))
     print(f"{out}: {settings.source} above, {settings.target} below, of the same latents")
+    if outdir is not None:
+        print(f"{outdir}: source/ and target/, a file for each")
 
 
 def seeds_of(words, most=MOST):
@@ -97,6 +99,8 @@ def seeds_of(words, most=MOST):
     ranges = [range(int(x[1]), int(x[2] or x[1]) + 1) for x in parts if x]
     count = sum(map(len, ranges))
     good = all(parts) and all(ranges) and max(x[-1] for x in ranges) < 2**32
+    if down := [x for x in parts if x and int(x[2] or x[1]) < int(x[1])]:
+        raise ValueError(f"--seeds {down[0][0].strip()} runs down; wanted: such as 0-35 or 0,3,5-9")
     if not good or count > most:
         found = f"{words[:40]!r}" + f", {count:,} seeds" * good
         wanted = f"numbers and ranges, such as 0-35 or 0,3,5-9: at most {most}, below 2^32"

@@ -93,8 +93,13 @@ ABOUT = f"""Adapt a generator to a new domain, from words alone: image-specific 
   python ipl.py --source photo --target anime
   python ipl.py --generator ffhq.pkl --clip ViT-B/32 --source photo --target Disney
   python ipl.py --generator ddpm-folder --images my-pictures --source photo --target anime
-  python ipl.py few-shot --images my-pictures --generator ffhq.pt
-  python ipl.py sample | invert | edit | video | report | metrics | list | convert | inspect --help
+
+Other commands, each with --help:
+  sample    new pictures of a run            video     a loop through persons, or to the target
+  invert    the w of a picture of your own   report    runs side by side, one HTML file
+  edit      that w, drawn by runs            metrics   Fréchet, KID, structure ... of runs
+  few-shot  from pictures, without words     list      targets of the miniature, finished runs
+  inspect   what a checkpoint is             convert   a checkpoint as another kind
 
 Without --generator it is the embedded miniature world, which knows
 {", ".join(LABELS)}."""
