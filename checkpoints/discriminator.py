@@ -22,7 +22,8 @@ from checkpoints.files import (
     write_atomically,
 )
 from checkpoints.nvidia import read_nvidia_discriminator
-from checkpoints.pickles import CheckpointError, Module, Opaque, read_pickled, some, tensor_reader
+from checkpoints.pickles import CheckpointError, Module, tensor_reader
+from checkpoints.stylegan2 import pickled_dict
 from stylegan2_ops.discriminator import Blur, Discriminator
 
 WANTED = 'a training checkpoint with its discriminator (.pt with "d", .pkl with "D")'
@@ -61,15 +62,7 @@ def _parse(data, notes):
     """The bytes of a file -> the arguments of Discriminator and its state dict."""
     if is_safetensors(data):
         raise CheckpointError(f"a safetensors file; wanted: {WANTED}")
-    value, unread = read_pickled(data)
-    if isinstance(value, Opaque):
-        raise CheckpointError(f"{value}; wanted: {WANTED}")
-    if isinstance(value, Module):
-        value = {"D": value}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"not a discriminator's checkpoint; wanted: {WANTED}")
-    if unread:
-        notes.append(f"left unread, as nothing is run: {some(unread)}")
+    value = pickled_dict(data, notes, "D", "a discriminator's checkpoint", WANTED)
     if unwrapped(value, []).keys() >= {"convs.0.0.weight", "final_linear.0.weight"}:
         value = {"d": value}
     read = tensor_reader(4 * len(data))

@@ -103,19 +103,28 @@ def read_checkpoint(path):
     return read_file(path, WANTED, _parse)
 
 
+def pickled_dict(data, notes, key, kind, wanted):
+    """The dict in the bytes of a pickle; a network alone stands under the key.
+
+    Adds to notes what is left unread. Raises CheckpointError if it is not what `kind` calls it.
+    """
+    value, unread = read_pickled(data)
+    if isinstance(value, Module):
+        value = {key: value}
+    if isinstance(value, Opaque):
+        raise CheckpointError(f"{value}; wanted: {wanted}")
+    if not isinstance(value, dict):
+        raise CheckpointError(f"not {kind}; wanted: {wanted}")
+    if unread:
+        notes.append(f"left unread, as nothing is run: {some(unread)}")
+    return value
+
+
 def _parse(data, notes):
     """The bytes of a file -> Checkpoint, and notes for its reader."""
     if is_safetensors(data):
         return _read_safetensors(data, notes)
-    value, unread = read_pickled(data)
-    if isinstance(value, Module):
-        value = {"G_ema": value}
-    if isinstance(value, Opaque):
-        raise CheckpointError(f"{value}; wanted: {WANTED}")
-    if not isinstance(value, dict):
-        raise CheckpointError(f"not a generator checkpoint; wanted: {WANTED}")
-    if unread:
-        notes.append(f"left unread, as nothing is run: {some(unread)}")
+    value = pickled_dict(data, notes, "G_ema", "a generator checkpoint", WANTED)
     if unwrapped(value, []).keys() >= {"input.input", "style.1.weight"}:
         value = {"g_ema": value}
     read = tensor_reader(4 * len(data))

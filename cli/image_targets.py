@@ -33,11 +33,15 @@ def read(settings, generator):
 
 
 @torch.no_grad()
-def mean_feature(clip_model, transform, images):
-    """mean_i norm E_I(x_i), [e], of images [N, 3, R, R] in [-1, 1], on whatever device."""
-    device = clip_model.logit_scale.device
-    parts = [clip_model.encode_image(transform(x.to(device))) for x in images.split(32)]
-    return F.normalize(torch.cat(parts), dim=-1).mean(0)
+def mean_features(clips, batches):
+    """mean_i norm E_I(x_i) of each CLIP, [e], of batches of images [., 3, R, R] in [-1, 1], of
+    which no more than one is held."""
+    found = [[] for _ in clips]
+    for images in batches:
+        for features, (clip_model, transform) in zip(found, clips, strict=True):
+            images = images.to(clip_model.logit_scale.device)
+            features.append(clip_model.encode_image(transform(images)))
+    return [F.normalize(torch.cat(features), dim=-1).mean(0) for features in found]
 
 
 def image_direction(source_feature, target_feature):
@@ -71,11 +75,12 @@ def arguments(settings, generator, clips, targets, sources=None):
     b, d_images, texts = settings.image_weight, [], []
     if sources is None:
         z = ipl.sample_latents(SAMPLES, generator.z_dim, LATENTS).to(generator.w_avg.device)
-        with torch.no_grad():
-            sources = torch.cat([generator.synthesis(generator.mapping(x)) for x in z.split(16)])
-    for clip_model, transform in clips:
-        target = mean_feature(clip_model, transform, targets)
-        d_images.append(image_direction(mean_feature(clip_model, transform, sources), target))
+        batches = (generator.synthesis(generator.mapping(x)) for x in z.split(16))
+    else:
+        batches = sources.split(16)
+    means = zip(mean_features(clips, batches), mean_features(clips, targets.split(16)), strict=True)
+    for (clip_model, _), (source, target) in zip(clips, means, strict=True):
+        d_images.append(image_direction(source, target))
         label = 0
         if b < 1:
             with torch.no_grad():

@@ -19,7 +19,7 @@ from tqdm import trange
 import miniature
 from checkpoints import load_generator
 from checkpoints.files import write_atomically
-from cli import diffusion, pictures, processes
+from cli import diffusion, pictures, processes, sample
 from cli.adapt import load_source
 from cli.run_folder import make_folder, read_config
 from cli.settings import expand
@@ -194,9 +194,8 @@ def packed(w, generator, square):
 
 
 def as_pixels(image):
-    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3], on the CPU."""
-    pixels = ((image + 1) * 127.5).round().clamp(0, 255)
-    return pixels.permute(1, 2, 0).to("cpu", torch.uint8)
+    """[3, H, W] in [-1, 1] -> uint8 [H, W, 3], on the CPU. ValueError if not finite."""
+    return sample.as_pixels(image[None])[0]
 
 
 def write(path, data):
