@@ -19,7 +19,7 @@ R resolution, W = num_ws, the number of w inputs of the synthesis network.
  (3) L_contr = 1/2 [CE(s I T', diag) + CE(s T I', diag)]  contrastive_loss    03_losses
  (4) L_domain = mean[1 - cos(t_target, ensemble)]         domain_loss         03_losses
  (5) L_stage1 = L_contr + lambda L_domain, over F         train_mapper        04_stage1
- (6) delta = norm(target) - norm(source), of texts, of x  feature_delta       03_losses
+ (6) delta = norm(target) - norm(source), of prompts, x   feature_delta       03_losses
  (7) L_stage2 = mean[1 - cos(delta_image, delta_text)]    directional_loss    03_losses
  (8) top k of mean |change of W+|                         select_layers       05_stage2
  (9) L_stage2 over G_target, and its moving average       adapt_generator     05_stage2
@@ -27,15 +27,15 @@ R resolution, W = num_ws, the number of w inputs of the synthesis network.
 Run it: `python ipl.py --source photo --target anime`, or `--help`; the commands are in cli/.
 Copy it: it needs torch, numpy, tqdm and clip; `adapt` does both stages with a generator of yours.
 
-Where it departs from the published code (its file:line in brackets)
- 1. Residual prompts. There the feature of a fixed text is added to that of the learned prompt: of
-    "a photo of a photo." and "a photo of a anime." in stage 1, but in stage 2 both times of "a
-    photo of a". `residual="published"` (the default) does exactly this, "label" keeps the label in
-    both stages, "none" adds nothing, as in the paper. [clip_loss.py:206,212,242; train.py:215]
- 2. Layer choice is off by one there: index j >= 2 of W+ feeds convolution j - 1 but frees j - 2,
+Where it departs, or can, from the published code ("there"; its file:line in brackets)
+ 1. Residual prompts. There a fixed text's feature is added to the learned prompt's: in stage 1 that
+    of "a photo of a photo." to the source's and of "a photo of a anime." to the target's, in stage
+    2 that of "a photo of a" to both. `residual="published"` (default) does this, "label" is stage 1
+    in both, "none" adds nothing, as in the paper. [clip_loss.py:206,212,242; train.py:215]
+ 2. Layer choice is off by one there: index j >= 2 of W+ feeds convs[j - 1] but frees convs[j - 2],
     and index 1 frees a ToRGB layer. Here the layer that is fed is the layer that is freed.
  3. The directional loss divides by |delta_image|, 0/0 for equal images. There, and by default here
-    (`eps=0, noise="fresh"`), each generator draws its own noise: no two images are equal. eps > 0
+    (`eps=0, noise="fresh"`), each call of synthesis draws noise: no two images are equal. eps > 0
     divides by sqrt(|delta_image|^2 + eps^2) and allows fixed noise. [clip_loss.py:225-226]
  4. Images are resized for CLIP with antialiasing; torchvision 0.9, as used there, had none.
  5. CLIP runs in float32, there in float16. `autocast="clip"` runs its image encoder in bfloat16.
@@ -43,7 +43,7 @@ Where it departs from the published code (its file:line in brackets)
  7. Samples are truncated towards the generator's own average; there it is drawn anew each time.
  8. Work that changes no number is left out: fixed texts are encoded once, prompts not padded, CLIP
     and layer choice collect no gradients of weights. [clip_loss.py:249-251,256-257]
- 9. `crop`, `freeze`, `layers="all"` are ours, `betas` to `log_loss` DiffusionCLIP's; off at first.
+ 9. Off by default: `crop`, `freeze`, `layers="all"`, ours; `betas` ... `log_loss`, DiffusionCLIP's.
 10. Processes that share a batch draw fresh noise from their own seeds.
 11. `bank`, ours and off by default: stage 1 chooses its batches from so many images, encoded once,
     and each prompt must find its own image among all of them, not only in its batch.
@@ -92,7 +92,7 @@ class Config:
     steps: int = 300  # Stage 2: number of steps.
     ema: float = 0.99  # Stage 2: decay of the moving average, which is the result.
     eps: float = 0.0  # Stage 2: smooths |delta_image| near 0; deviation 3 of ipl.py.
-    noise: Literal["fresh", "fixed"] = "fresh"  # Of synthesis: anew for each image, or its own.
+    noise: Literal["fresh", "fixed"] = "fresh"  # Drawn in each call, or the generator's constant.
     crop: float = 0.0  # Stage 2: the same random crop of both images, by up to this part.
     betas: tuple[float, float] = (0.0, 0.99)  # Stage 2: Adam's.
     plain_adam: bool = False  # Stage 2: lr and betas as they are; else 4/5 of lr, betas to the 4/5.
@@ -115,7 +115,7 @@ class Generator(Protocol):
     """An nn.Module in eval mode; its methods work on w's device. `check_generator` looks."""
 
     z_dim: int
-    w_dim: int  # if it has a code_dim as well, F reads so many numbers of w, the last
+    w_dim: int  # if there is a code_dim, too, F reads the last code_dim numbers of w
     num_ws: int  # W
     resolution: int  # R
     w_avg: torch.Tensor  # [w_dim], the centre of truncation
@@ -125,10 +125,10 @@ class Generator(Protocol):
 
     def synthesis(self, w, *, rng=None):
         """w [B, w_dim] or [B, W, w_dim] -> images [B, 3, R, R] in [-1, 1], not clamped; with fixed
-        noise, or with fresh noise drawn from rng, a torch.Generator."""
+        noise, or with fresh noise drawn from rng, a torch.Generator on w's device."""
 
     def layers(self):
-        """W modules, those that stage 2 may train; layers()[j] is what w index j feeds."""
+        """W modules that stage 2 may train; layers()[j] is the convolution that w[:, j] feeds."""
 
 
 @contextlib.contextmanager
@@ -427,7 +427,7 @@ def contrastive_loss(image_features, text_features, logit_scale, bank=None, inde
 
 
 def domain_loss(text_features, label_feature):
-    """L_domain, equation (4): whatever is in front of it, the label [e] keeps its meaning."""
+    """L_domain, equation (4): mean 1 - cos of features [B, e] and one [e], or one for each."""
     return (1 - F.cosine_similarity(text_features, label_feature, dim=-1)).mean()
 
 
@@ -446,13 +446,13 @@ def directional_loss(delta_image, delta_text, eps=0.0):
 def select_layers(generator, text_loss, w, k, *, lr=0.01, rng=None, at_once=8):
     """The k of W inputs that matter most for a text, equation (8): indices, and the weights [W].
 
-    One step of SGD, -lr * gradient, on the W+ codes of images w [N, w_dim] towards the text moves
-    those inputs furthest whose layers can bring it. text_loss: images -> their mean loss, a scalar.
+    An input's weight: how far one step of SGD on the W+ codes of w [N, w_dim], towards the text,
+    would move it, mean |lr * gradient|; none is taken. text_loss: images -> their mean loss.
     No image's gradient depends on another's: at_once of them are in memory (deviation 8).
     """
     weights = 0
     for codes in w.split(at_once):
-        share = len(codes) / len(w)  # of the loss, a mean over the images, and of the weights
+        share = len(codes) / len(w)  # the chunk's part of both means over images
         w_plus = codes[:, None].repeat(1, generator.num_ws, 1).requires_grad_()  # [., W, w_dim]
         loss = share * text_loss(generator.synthesis(w_plus, rng=rng))
         (grad,) = torch.autograd.grad(loss, w_plus)
@@ -547,7 +547,7 @@ def train_mapper(
 
     With several CLIPs, call it for each: their mappers share nothing.
     rng: a torch.Generator on the CPU, the only source of randomness. mapper: where to start, else
-    a new one. draw_z: n -> z [n, z_dim], else normal; as `lambda n: bank[:n]`. steps: `progress`.
+    a new one. draw_z: n -> z [n, z_dim], else normal; as `lambda n: my_z[:n]`. steps: `progress`.
     A row: {"stage": 1, "step": 0, "loss": 4.2, "contrastive": 3.4, "domain": 0.8,
     "domain_source": 0.7, "accuracy": 0.03, "grad_norm": 0.1}.
     Raises FloatingPointError when loss or gradient stop being finite, ValueError for arguments.
@@ -578,7 +578,7 @@ def train_mapper(
     state = {"mapper": mapper, "optimizer": optimizer, "rng": rng, "history": history}
     for step in steps(1, cfg.steps_mapper, state):
         if cfg.bank and bank is None:  # deviation 11; each process encodes it whole
-            noise = torch.Generator().manual_seed(0) if cfg.noise == "fresh" else None
+            noise = torch.Generator(bank_z.device).manual_seed(0) if cfg.noise == "fresh" else None
             parts = [encode(z, noise) for z in bank_z.split(cfg.batch_mapper)]
             bank_w, bank = map(torch.cat, zip(*parts, strict=True))
         if cfg.bank:
@@ -619,14 +619,14 @@ def prompt_directions(cfg, clip_model, mapper):
 
 
 def label_direction(cfg, clip_model):
-    """NADA's direction, from one label to the other, the same for every image."""
+    """NADA's direction, the difference of the labels' ensembles, the same for every image."""
     with torch.no_grad():
         delta = label_features(clip_model, cfg.target) - label_features(clip_model, cfg.source)
     return lambda w, z=None, x_source=None: delta.expand(len(w), -1)
 
 
 def random_windows(n, crop, rng):
-    """This process's of n square windows less up to `crop` of the side: affine maps [., 2, 3]."""
+    """n windows, of sides 1 - crop to 1; this process's of them, as affine maps [., 2, 3]."""
     scale = 1 - crop * torch.rand(n, 1, generator=rng)
     shift = (1 - scale) * (2 * torch.rand(n, 2, generator=rng) - 1)
     windows = torch.cat([torch.diag_embed(scale.expand(n, 2)), shift[:, :, None]], dim=2)
@@ -652,9 +652,9 @@ def adapt_generator(
     clips: (clip_model, transform) of each CLIP; their losses are summed, with cfg.clip_weights.
     directions: one for each, of prompt_directions, label_direction, or yours.
     target: what to train, in place; else a copy of the generator, which itself stays as it is.
-    layers: the W modules to choose from, else target.layers(). texts: what the choice looks for,
-    features [e] for each CLIP, else those of the bare label. rng, draw_z, steps: as in stage 1;
-    the images' z is drawn before that of the layer choice. The average starts at `generator`.
+    layers: the W modules to choose from, else target.layers(). texts: for each CLIP the feature [e]
+    that the choice steers to, else the bare target label's. rng, draw_z, steps: as in stage 1; the
+    images' z is drawn before that of the layer choice. The average starts at `generator`.
     source_images: z -> x_source, else the generator's. more_loss: (x_source, x_target) -> [B], what
     each image adds to its loss, as for an identity that shall stay.
     A row: {"stage": 2, "step": 0, "loss": 0.9, "delta_image_norm": 0.2, "layers": [0, 3],

@@ -108,7 +108,7 @@ def check(settings):
 def discriminator_path(settings):
     if settings.discriminator or settings.generator:
         return settings.discriminator or settings.generator
-    return miniature.WEIGHTS / "discriminator.pt"
+    return miniature.DISCRIMINATOR
 
 
 def load_networks(settings, device):

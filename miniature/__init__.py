@@ -11,6 +11,7 @@ CLIP = WEIGHTS / "clip.pt"
 GENERATOR = WEIGHTS / "photo.pt"
 JUDGE = WEIGHTS / "judge.pt"
 DDPM = WEIGHTS / "ddpm"
+DISCRIMINATOR = WEIGHTS / "discriminator.pt"  # of the generator; few-shot adaptation needs it
 
 __all__ = ["CLIP", "DDPM", "GENERATOR", "JUDGE", "LABELS", "WEIGHTS", "check_labels", "true_pairs"]
 

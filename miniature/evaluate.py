@@ -10,6 +10,8 @@ For every target and seed the generator is adapted with each way to choose the t
   mean       oracle: the mean of the true steps of 256 persons
   own        oracle: each image's own true step, of a bank of persons whose steps are known
   caption    oracle: the step between the two full captions of that very person
+  air        NADA corrected on the way (variants/air.py, the preset of its command), only if asked
+  air-ipl    IPL corrected so, only if asked for
   pixels     only if asked for, what the generator can do at all: stage 2 without any CLIP, by the
              L1 distance from the bank's true pictures
 
@@ -53,6 +55,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import ipl
 from checkpoints import load_generator
 from checkpoints.files import write_atomically
+from cli.air import SMALL, Run, true_features
 from cli.processes import pick_device
 from cli.run_folder import find_generator, read_config
 from cli.settings import MINIATURE, Settings, check
@@ -60,8 +63,9 @@ from miniature import CLIP, GENERATOR, JUDGE, captions, faces
 from miniature.judge import load_judge
 from miniature.train import pool
 from miniature.truth import Truth, as_pixels
+from variants import air
 
-METHODS = ("nada", "ipl", "published", "mean", "own", "caption", "pixels")
+METHODS = ("nada", "ipl", "published", "mean", "own", "caption", "pixels", "air", "air-ipl")
 OF_THE_PAPER = "residual lambda_domain lambda_source lambda_image steps_mapper bank".split()
 PUBLISHED = {name: getattr(ipl.Config(), name) for name in OF_THE_PAPER}
 PERSONAL = ("monster", "fairy tale")
@@ -73,7 +77,7 @@ SHOWN = SHOWN.split()
 @dataclass(frozen=True)
 class Config:
     targets: tuple[str, ...] = faces.DOMAINS[1:]  # Target domains.
-    methods: tuple[str, ...] = METHODS[:-1]  # See above.
+    methods: tuple[str, ...] = METHODS[:6]  # See above.
     seeds: tuple[int, ...] = (101, 102, 103, 104, 105)  # Of the training runs.
     run: Path | None = None  # A finished run of ipl.py on the miniature, to be read instead.
     out: Path = Path("runs/evaluate")  # Where results are collected.
@@ -151,6 +155,19 @@ def adapt_to_pixels(cfg, generator, oracle, rng):
         optimizer.step()
         average.update_parameters(target)
     return average.module.requires_grad_(False)
+
+
+def train_air(cfg, method, generator, clip):
+    """AIR, whose anchors begin half the way -> the generator, and a row for each anchor."""
+    half = cfg.steps // 2
+    first = {"air": "nada", "air-ipl": "ipl"}[method]
+    small = SMALL | {"method": first, "start": half, "interval": max(1, half // 4)}
+    cfg, rng = Run(**vars(cfg) | small), torch.Generator().manual_seed(cfg.seed)
+    truth = true_features(cfg, generator, clip)
+    adapted, _, _, anchors = air.adapt(
+        cfg, generator, clip, rng=rng, true_features=truth, steps=silent
+    )
+    return adapted, anchors
 
 
 def train(cfg, method, generator, clip_model, transform, oracle):
@@ -343,9 +360,13 @@ def run(cfg, target, method, seed):
     generator, clip_model, transform, truth = world(cfg.n, cfg.latents, cfg.device)
     oracle = oracle_of(cfg, target)
     preset = replace(cfg.preset, target=target, seed=seed, **of_target(cfg, target))
-    adapted, direction = train(preset, method, generator, clip_model, transform, oracle)
+    direction, more = None, {}
+    if method.startswith("air"):
+        adapted, more["anchors"] = train_air(preset, method, generator, (clip_model, transform))
+    else:
+        adapted, direction = train(preset, method, generator, clip_model, transform, oracle)
     images = truth.pictures(adapted)
-    row = truth.figures(images, target)
+    row = truth.figures(images, target) | more
     if direction:
         with torch.no_grad():
             cosines = F.cosine_similarity(direction(truth.w, truth.z), oracle.steps[-cfg.n :])
@@ -373,8 +394,8 @@ def check_asked(cfg):
     pick_device(cfg.device)
 
 
-def check_settings(cfg):
-    """Keeps what the rows in a folder depend on; raises ValueError if they came of other things."""
+def settings_of(cfg):
+    """What the rows in a folder depend on, {name: value}."""
     painters = (Path(faces.__file__).with_name(f"{x}.py") for x in ("faces", "portrait", "canvas"))
     files = CLIP, GENERATOR, JUDGE, *painters
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -383,7 +404,7 @@ def check_settings(cfg):
     found = {"n": cfg.n, "latents": cfg.latents, "bank": cfg.bank, **preset, **digests}
     found |= {"long": LONG if cfg.long else None}
     found |= {f"published {name}": value for name, value in PUBLISHED.items()}
-    hold_to(cfg, found)
+    return found | {f"air {name}": value for name, value in SMALL.items()}
 
 
 def hold_to(cfg, found):
@@ -404,9 +425,8 @@ def share_the_machine():
     sys.stderr = open(os.devnull, "w")
 
 
-def run_all(cfg):
-    """Every run that is not finished yet, cfg.processes at a time."""
-    every = [(t, m, s) for s in cfg.seeds for t in cfg.targets for m in cfg.methods]
+def run_all(cfg, every, run=run):
+    """run(cfg, *job) of every job whose file is not there yet, cfg.processes at a time."""
     jobs = [job for job in every if not file_of(cfg, *job).exists()]
     start = time.perf_counter()
 
@@ -436,9 +456,9 @@ def main(cfg):
     if cfg.run:
         return read_run(cfg)
     cfg.out.mkdir(parents=True, exist_ok=True)
-    check_settings(cfg)
+    hold_to(cfg, settings_of(cfg))
     draw_truth(cfg)
-    run_all(cfg)
+    run_all(cfg, [(t, m, s) for s in cfg.seeds for t in cfg.targets for m in cfg.methods])
     report(cfg)
 
 

@@ -141,9 +141,10 @@ class Truth:
         return self.judge.identity(self.photos.to(self.z.device)).cpu()
 
     @torch.no_grad()
-    def pictures(self, generator):
-        """What a generator draws from the latents."""
-        return torch.cat([generator.synthesis(w) for w in self.w.split(32)]).clamp(-1, 1)
+    def pictures(self, generator, w=None):
+        """What a generator draws from the latents, or of codes w [n, W, w_dim] instead."""
+        w = self.w if w is None else w
+        return torch.cat([generator.synthesis(x) for x in w.split(32)]).clamp(-1, 1)
 
     @torch.no_grad()
     def read(self, images):

@@ -104,16 +104,16 @@ def test_a_longer_stage_2_is_said_and_kept(tmp_path):
     head = "stage 2 of monster with steps 300"
     assert head in evaluate.table(rows, cfg)
     assert head not in evaluate.table(rows, replace(cfg, long=False))
-    evaluate.check_settings(cfg)
+    evaluate.hold_to(cfg, evaluate.settings_of(cfg))
     with pytest.raises(ValueError, match="rows of another long; wanted: a new --out"):
-        evaluate.check_settings(replace(cfg, long=False))
+        evaluate.hold_to(cfg, evaluate.settings_of(replace(cfg, long=False)))
 
 
 @HASTY
 @pytest.mark.slow
 def test_evaluate_goes_on_where_it_was(tmp_path, monkeypatch, one_painter):
     monkeypatch.setattr(evaluate, "PUBLISHED", {"residual": "published"})
-    methods = "nada", "ipl", "published", "own", "pixels"
+    methods = "nada", "ipl", "published", "own", "pixels", "air"
     cfg = replace(CFG, methods=methods, seeds=(1, 2), out=tmp_path)
     evaluate.main(cfg)
     table = (tmp_path / "table.md").read_text()
