@@ -14,11 +14,13 @@ with the shots at hand,
              true targets that were no shots, and of generated pictures
   seconds    of one processor, of the training alone
 
+`target`, `nearest`, `identity` and D's shares are taken on the way, too, of the first 64 latents.
 All runs have the same number of steps. A figure is the mean over the seeds; those of each seed are
 in the JSON file. Whatever is finished is kept in the folder of --out, and the same command goes on
 where it was; with fewer targets, shots or seeds it writes the tables of those.
 """
 
+import copy
 import functools
 import io
 import json
@@ -46,6 +48,7 @@ FEW = ("tgan", "freezed", "cr", "cdc", "dag", "rssa", "ewc")
 WORDS = {"nada": "NADA", "ipl": "IPL", "air": "AIR", "air-ipl": "AIR on IPL"}
 SHOWN = ["target", "attributes", "identity", "diversity", "clusters", "nearest", "frechet"]
 SHOWN += ["D shots", "D true", "D generated", "seconds"]
+ON_THE_WAY = "target", "nearest", "identity", "D shots", "D true", "D generated"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Config:
     out: Path = Path("runs/evaluate-few-shot")  # Where results are collected.
     n: int = 256  # Pictures.
     latents: int = 50_000  # Seed of their latents.
+    moments: tuple[float, ...] = (0.25, 0.5, 0.75)  # Parts of a run after which it is looked at.
     held_out: int = 64  # True targets that the discriminator is asked about.
     device: str = "cpu"  # cpu, cuda or cuda:<n>, which all processes share; auto.
     processes: int = os.cpu_count() or 1  # Runs at a time, each on one CPU thread; 1: on all.
@@ -118,6 +122,16 @@ def share_right(D, images, real):
 # Runs
 
 
+@functools.cache
+def first_of(truth, target, n):
+    """The truth of the first n latents alone."""
+    few, (true, others) = copy.copy(truth), truth.known[target]
+    for name in ("w", "generated", "identities", "persons"):
+        setattr(few, name, getattr(truth, name)[:n])
+    few.known = {target: [true[:n], others]}
+    return few
+
+
 def run(cfg, target, method, k, seed):
     """One adaptation, measured: writes a row of figures and a strip of five pictures."""
     generator, _, _, truth = evaluate.world(cfg.n, cfg.latents, cfg.device)
@@ -127,21 +141,37 @@ def run(cfg, target, method, k, seed):
     settings = replace(settings, method=method)
     shots, _, find_codes = few_shot.read_shots(settings, generator)
     codes = find_codes() if method == "rssa" else None
-    start, rng = time.process_time(), torch.Generator().manual_seed(seed)
-    adapted, _, state = fewshot.adapt(
-        settings, generator, source_discriminator(device), shots, rng=rng, codes=codes,
-        steps=evaluate.silent,
-    )  # fmt: skip
-    seconds, w = time.process_time() - start, truth.w[:, None].expand(-1, generator.num_ws, -1)
+    w, moments = truth.w[:, None].expand(-1, generator.num_ws, -1), []
     if codes is not None:
         w = fewshot.compressor(codes, generator.resolution, settings.compression)(w)
-    images = truth.pictures(adapted, w)
-    features = [truth.read(images)["features"], truth.features(target)[0]]
-    row = truth.figures(images, target) | of_shots(*features, truth.read(shots)["features"])
-    asked = {"shots": shots, "true": held_out(target, cfg.held_out), "generated": images}
-    for name, x in asked.items():
-        row[f"D {name}"] = share_right(state["D"], x.to(device), name != "generated")
-    row |= {"seconds": seconds, "device": device.type}
+    seconds = -time.process_time()
+
+    def look(state, truth):
+        images = truth.pictures(state["average"].module, w[: len(truth.w)])
+        features = [truth.read(images)["features"], truth.features(target)[0]]
+        row = truth.figures(images, target) | of_shots(*features, truth.read(shots)["features"])
+        asked = {"shots": shots, "true": held_out(target, cfg.held_out), "generated": images}
+        for name, x in asked.items():
+            row[f"D {name}"] = share_right(state["D"], x.to(device), name != "generated")
+        return row, images
+
+    def watch(stage, total, state):
+        nonlocal seconds
+        for step in range(total):
+            if step in [round(part * total) for part in cfg.moments]:
+                before = time.process_time()
+                row, _ = look(state, first_of(truth, target, 64))
+                moments.append({"step": step} | {name: row[name] for name in ON_THE_WAY})
+                seconds -= time.process_time() - before
+            yield step
+
+    rng, D = torch.Generator().manual_seed(seed), source_discriminator(device)
+    _, _, state = fewshot.adapt(
+        settings, generator, D, shots, rng=rng, codes=codes, steps=watch
+    )
+    seconds += time.process_time()
+    row, images = look(state, truth)
+    row |= {"moments": moments, "seconds": seconds, "device": device.type}
     torch.save(as_pixels(images[:5]), file_of(cfg, target, method, k, seed, suffix=".pt"))
     evaluate.write_json(file_of(cfg, target, method, k, seed), row)
 
@@ -151,7 +181,7 @@ def run(cfg, target, method, k, seed):
 
 
 def finished(cfg):
-    """{(target, method, shots or 0, seed): row} of all runs, and rows of (target, name, 0, None)."""
+    """{(target, method, shots or 0, seed): row}; the seed of source and truth is None."""
     rows = {}
     for target in cfg.targets:
         known = read(file_of(cfg, target, "truth", suffix=".pt"))["rows"]
@@ -260,11 +290,15 @@ def run_any(cfg, *job):
 
 def check_asked(cfg):
     """Raises ValueError, of one line, about what was asked for."""
-    evaluate.check_asked(replace(zero_shot(cfg), methods=cfg.words or ("nada",)))
-    if unknown := [m for m in cfg.methods if m not in FEW] or not cfg.methods:
-        raise ValueError(f"--methods {unknown}; wanted: some of {', '.join(FEW)}")
+    for name, known in (("methods", FEW), ("words", WORDS)):
+        if unknown := [m for m in getattr(cfg, name) if m not in known]:
+            raise ValueError(f"--{name} {', '.join(unknown)}; wanted: {', '.join(known)}")
+    if not cfg.methods:
+        raise ValueError(f"--methods is empty; wanted: {', '.join(FEW)}")
     if not cfg.shots or min(cfg.shots) < 1 or len({*cfg.shots}) < len(cfg.shots):
-        raise ValueError(f"--shots {cfg.shots}; wanted: numbers from 1 on, none of them twice")
+        found = ", ".join(map(str, cfg.shots))
+        raise ValueError(f"--shots {found}; wanted: numbers from 1 on, none of them twice")
+    evaluate.check_asked(replace(zero_shot(cfg), methods=cfg.words or ("nada",)))
 
 
 def main(cfg):

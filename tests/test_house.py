@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; a room may import itself and those before it.
 ROOMS = "stylegan2_ops diffusion checkpoints miniature ipl variants cli experiments".split()
 EXPERIMENTS = [  # on the world, above the method
-    *(f"miniature/{name}.py" for name in ("evaluate", "evaluate_diffusion", "inspect"))
+    *(f"miniature/evaluate{name}.py" for name in ("", "_diffusion", "_few_shot")),
+    "miniature/inspect.py",
 ]
 ABOVE = ["benchmarks", "examples", "notebooks", "tests"]
 
@@ -82,5 +83,6 @@ def test_weight():
     for name, size in sizes.items():
         limit = 200 << 10 if name.startswith("docs/") and name.endswith(".png") else 5 << 20
         assert size <= limit, name
-    weights = sum(size for name, size in sizes.items() if name.startswith("miniature/weights"))
-    assert weights <= 16 << 20
+    for names, limit in (("photo.pt clip.pt judge.pt", 16), ("ddpm", 4), ("discriminator.pt", 4)):
+        starts = tuple(f"miniature/weights/{name}" for name in names.split())
+        assert sum(size for name, size in sizes.items() if name.startswith(starts)) <= limit << 20
