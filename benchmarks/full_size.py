@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from benchmarks.measure import clock
-from benchmarks.worlds import config_f
+from benchmarks.networks import config_f
 from stylegan2_ops import bias_act, generator, modulated_conv
 
 

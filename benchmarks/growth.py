@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import worlds
+from benchmarks import networks
 from benchmarks.measure import aligned, clock, hardware, write_json
 from benchmarks.step import run_ours
 from checkpoints.files import write_atomically
@@ -46,7 +46,7 @@ def seconds_of(world, stage, batch, repeats):
             yield step
             times.append(clock(device) - start)
 
-    run_ours(world, stage, worlds.new_mapper(world), steps)
+    run_ours(world, stage, networks.new_mapper(world), steps)
     return statistics.median(times[1:])
 
 
@@ -169,7 +169,7 @@ def tables(found):
         yield f"Each process has one thread, on {cores} cores; they share a batch of {SHARED}."
 
 
-def main(argv=None, build=worlds.random_world):
+def main(argv=None, build=networks.random_world):
     """build: resolution, device -> World; a function of a module, for other processes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter

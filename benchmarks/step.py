@@ -19,7 +19,7 @@ In the table, "of peak" is the share of the machine's peak that ours reaches wit
 order of work can save, "with choice" counts the layer choice among them, and "once" are the seconds
 before the first step. Parts are timed in steps of their own.
 
-128 is the miniature; larger sizes are random networks of published widths (benchmarks/worlds.py).
+128 is the miniature; larger sizes are random, of published widths (benchmarks/networks.py).
 The batches are the preset's, and the published ones. On a CPU those of 1024 are smaller unless
 given: the tables say so. Writes step.json and step.png.
 """
@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import trange
 
 import ipl
-from benchmarks import measure, published_order, worlds
+from benchmarks import measure, networks, published_order
 from benchmarks.measure import PARTS, SEED, Memory, Parts, clock
 from checkpoints.files import write_atomically
 from cli.processes import keep_memory, memory_advice, pick_device, plain_words
@@ -104,15 +104,15 @@ def published_step(world, stage, mapper):
     frozen = cfg, generator, clip_model, transform
     target, average = None, None
     if stage == 2:
-        target, average = worlds.moved(generator), copy.deepcopy(generator)
+        target, average = networks.moved(generator), copy.deepcopy(generator)
     optimizer = published_order.adam(cfg, stage, target or mapper)
 
     def step(*z):
         z = [x.to(generator.w_avg.device) for x in z]
         if stage == 1:
             return {"loss": published_order.mapper_step(*frozen, mapper, optimizer, *z)}
-        networks = mapper, target, average, optimizer
-        loss, layers = published_order.generator_step(*frozen, *networks, *z)
+        parts = mapper, target, average, optimizer
+        loss, layers = published_order.generator_step(*frozen, *parts, *z)
         return {"loss": loss, "layers": layers}
 
     return step, target or mapper, clip_model, optimizer
@@ -143,7 +143,7 @@ def compare(world, stage, repeats, name, same_malloc=False):
     `repeats` are timed as a whole, and up to three more by part.
     """
     device = world.generator.w_avg.device
-    mapper = worlds.new_mapper(world)
+    mapper = networks.new_mapper(world)
     theirs, trained, their_clip, their_optimizer = published_step(
         world, stage, copy.deepcopy(mapper)
     )
@@ -189,7 +189,7 @@ def compare(world, stage, repeats, name, same_malloc=False):
                 result["loss"] = {"ours": ours["loss"], "published": row["loss"]}
                 result["layers"] = row.get("layers")
 
-    target = worlds.moved(world.generator) if stage == 2 else None
+    target = networks.moved(world.generator) if stage == 2 else None
     long = world._replace(cfg=replace(world.cfg, steps_mapper=total, steps=total))
     start = clock(device)
     run_ours(long, stage, mapper, steps, target, draw_z)
@@ -234,7 +234,7 @@ def flops_of(world, stage, chosen):
     count("texts", prompts)
     count("frozen generator and CLIP", lambda: E_I(generator.synthesis(w)))
     if stage == 2:
-        target = worlds.moved(generator).requires_grad_(False)
+        target = networks.moved(generator).requires_grad_(False)
         for j in chosen:
             target.layers()[j].requires_grad_(True)
         count("trainable generator and CLIP", lambda: E_I(target.synthesis(w)).sum().backward())
@@ -315,7 +315,7 @@ def batches_of(cfg, stage, published):
     return "+".join(f"{x}" + "*" * (x != y) for x, y in values)
 
 
-def main(argv=None, build=worlds.build):
+def main(argv=None, build=networks.build):
     """build: size, device -> World."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter

@@ -14,13 +14,13 @@ from checkpoints import load_generator
 from checkpoints.clip import read_clip
 from checkpoints.download import split_url
 from cli import diffusion, image_targets, pictures, processes
-from cli.keeper import Keeper
+from cli.resume import Keeper
 from cli.run_folder import FILES, config_of, find_generator, folder_of, read_config, save_run
 from cli.settings import EMBEDDED, check, check_layers, check_shares, command_of
 from diffusion import DiffusionGenerator
-from miniature.inverted import InvertedTruth
 from miniature.judge import load_judge
 from miniature.truth import Truth, true_pairs
+from miniature.truth_diffusion import InvertedTruth
 
 
 def of_miniature(settings):

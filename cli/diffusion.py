@@ -18,7 +18,7 @@ from checkpoints.images import SUFFIXES, as_square, read_image
 from cli.settings import EMBEDDED
 from diffusion import DiffusionGenerator
 from miniature import faces
-from miniature.inverted import small
+from miniature.truth_diffusion import small
 
 
 def asked_for(settings):

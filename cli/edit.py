@@ -14,6 +14,7 @@ from tqdm import trange
 from checkpoints import CheckpointError
 from checkpoints.files import read_file
 from cli import pictures, processes
+from cli.align import Align, read_square
 from cli.invert import (
     Pictures,
     Space,
@@ -28,7 +29,6 @@ from cli.invert import (
 from cli.run_folder import find_generator, make_folder, read_config
 from cli.sample import generators
 from cli.settings import expand
-from cli.squares import Align, read_square
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
 

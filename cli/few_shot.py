@@ -21,7 +21,7 @@ from checkpoints import load_discriminator, load_generator
 from cli import pictures, processes
 from cli.diffusion import SUFFIXES, read_picture
 from cli.invert import projected
-from cli.keeper import OF_A_CALL, Keeper, sha256
+from cli.resume import OF_A_CALL, Keeper, sha256
 from cli.run_folder import FILES, save_run
 from cli.settings import expand, flag
 from miniature import faces

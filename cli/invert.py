@@ -21,9 +21,9 @@ from checkpoints import load_generator
 from checkpoints.files import write_atomically
 from cli import diffusion, pictures, processes, sample
 from cli.adapt import load_source
+from cli.align import Align, read_square
 from cli.run_folder import make_folder, read_config
 from cli.settings import expand
-from cli.squares import Align, read_square
 
 Pictures = Annotated[tuple[Path, ...], tyro.conf.arg(aliases=("--target",))]
 Space = Literal["w+", "w"]

@@ -16,7 +16,9 @@ from tqdm import tqdm
 import ipl
 import miniature
 from checkpoints.files import write_atomically
-from cli import diffusion, processes, scorers, scores
+from cli import diffusion, processes
+from cli import metric_formulas as formulas
+from cli import metric_networks as networks
 from cli.adapt import has_truth, load_clips, of_miniature
 from cli.run_folder import FEW_SHOT, find_generator, made_by, make_folder, read_config
 from cli.sample import generators
@@ -324,12 +326,12 @@ def load_generators(settings, runs, device):
 
 def synthesis(settings, generator, w):
     more = {"steps": settings.picture_steps} if isinstance(generator, DiffusionGenerator) else {}
-    return scores.pixels(generator.synthesis(w, **more))
+    return formulas.pixels(generator.synthesis(w, **more))
 
 
 def read_pictures(paths, side):
     """Pictures, uint8 [n, 3, side, side], of files."""
-    return scores.pixels(torch.stack([diffusion.read_picture(path, side)[0] for path in paths]))
+    return formulas.pixels(torch.stack([diffusion.read_picture(path, side)[0] for path in paths]))
 
 
 def load_known(settings, world, device):
@@ -346,13 +348,13 @@ def load_known(settings, world, device):
 
 def load_files(inception, hed, arcface, lpips, device):
     """{a key of NEEDS: network} of the files given."""
-    eyes = scorers.load_inceptions([expand(x) for x in inception])
+    eyes = networks.load_inceptions([expand(x) for x in inception])
     if hed:
-        eyes["hed"] = scorers.load_hed(expand(hed))
+        eyes["hed"] = networks.load_hed(expand(hed))
     if arcface:
-        eyes["arcface"] = scorers.load_arcface(expand(arcface))
+        eyes["arcface"] = networks.load_arcface(expand(arcface))
     if lpips and find_spec("lpips"):
-        eyes["lpips"] = scorers.load_lpips(expand(lpips))
+        eyes["lpips"] = networks.load_lpips(expand(lpips))
     return {name: network.to(device) for name, network in eyes.items()}
 
 
@@ -402,7 +404,7 @@ def look(eyes, rules, asked, x, y=None):
     x: pictures, uint8 [B, 3, R, R]. y: those that they were made of; None: x is only to be compared
     with, and has no structure, classes or references of interest.
     """
-    found, images = {}, 2 * scores.unit(x) - 1
+    found, images = {}, 2 * formulas.unit(x) - 1
     if asked & {"frechet-clip", "kid-clip", "clip-score", "clip-real", "diversity"}:
         found["clip"] = eyes["clip"](images)
     if asked & {"frechet-judge", "kid-judge", "domain", "attributes"}:
@@ -416,28 +418,28 @@ def look(eyes, rules, asked, x, y=None):
     if y is None:
         return found
     if "psnr" in asked:
-        found["psnr"] = scores.psnr(x, y)
+        found["psnr"] = formulas.psnr(x, y)
     if "ssim" in asked:
-        found["ssim"] = scores.ssim(x, y)
-    for name, edges in (("structure", scores.sobel), ("scs", eyes.get("hed"))):
+        found["ssim"] = formulas.ssim(x, y)
+    for name, edges in (("structure", formulas.sobel), ("scs", eyes.get("hed"))):
         if name in asked:
             of_x, of_y = edges(x), edges(y)
-            found[name] = scores.dice(of_x, of_y)
-            found[f"{name} floor"] = scores.dice(of_x, of_y.roll(1, 0))  # of another person
+            found[name] = formulas.dice(of_x, of_y)
+            found[f"{name} floor"] = formulas.dice(of_x, of_y.roll(1, 0))  # of another person
     if "id" in asked:
         found["id"] = (eyes["arcface"](x) * eyes["arcface"](y)).sum(1)
     if "is" in asked:
-        found["is"] = scorers.class_logits(eyes["inception"], x, rules.sides)
+        found["is"] = networks.class_logits(eyes["inception"], x, rules.sides)
     if "sifid" in asked:
         of_x, of_references = (
-            scores.normal(scorers.positions(eyes["inception"], z, rules.channels))
+            formulas.normal(networks.positions(eyes["inception"], z, rules.channels))
             for z in (x, eyes["reference"])
         )
         each = zip(*of_references, strict=True)
-        found["sifid"] = torch.stack([scores.frechet(one, of_x) for one in each], dim=1)
+        found["sifid"] = torch.stack([formulas.frechet(one, of_x) for one in each], dim=1)
     if "intra-lpips" in asked:
         centers = eyes["lpips"](eyes["reference"])
-        found["to centers"] = scores.distances(eyes["lpips"](x), centers)
+        found["to centers"] = formulas.distances(eyes["lpips"](x), centers)
         found["pictures"] = x
     return found
 
@@ -460,7 +462,7 @@ def score(eyes, rules, asked, found, known, truth):
         return of(name, metric or name).float().mean().item()
 
     def distance(name):
-        return scores.frechet(scores.normal(found[name]), scores.normal(real[name])).item()
+        return formulas.frechet(formulas.normal(found[name]), formulas.normal(real[name])).item()
 
     def subsets():
         from torch_fidelity.metric_kid import kid_features_to_metric
@@ -484,16 +486,16 @@ def score(eyes, rules, asked, found, known, truth):
         def between(members):
             parts = pictures[members].to(device).split(8)
             x = torch.cat([eyes["lpips"](part) for part in parts])
-            return scores.distances(x, x).cpu()
+            return formulas.distances(x, x).cpu()
 
-        return scores.in_clusters(of("to centers", "intra-lpips"), between)
+        return formulas.in_clusters(of("to centers", "intra-lpips"), between)
 
     formulas = {
         "frechet-clip": lambda: distance("clip"),
-        "kid-clip": lambda: scores.kid(found["clip"], real["clip"]),
-        "clip-score": lambda: scores.clip_score(found["clip"], eyes["text"].cpu()),
-        "clip-real": lambda: scores.similarity(found["clip"], real["clip"]),
-        "diversity": lambda: scores.diversity(found["clip"]),
+        "kid-clip": lambda: formulas.kid(found["clip"], real["clip"]),
+        "clip-score": lambda: formulas.clip_score(found["clip"], eyes["text"].cpu()),
+        "clip-real": lambda: formulas.similarity(found["clip"], real["clip"]),
+        "diversity": lambda: formulas.diversity(found["clip"]),
         "psnr": lambda: mean("psnr"),
         "ssim": lambda: mean("ssim"),
         "structure": lambda: mean("structure"),
@@ -503,8 +505,8 @@ def score(eyes, rules, asked, found, known, truth):
         ),
         "identity": same_person,
         "frechet-judge": lambda: distance("judge"),
-        "kid-judge": lambda: scores.kid(found["judge"], real["judge"]),
-        "is": lambda: scores.inception_score(of("is", "is"), rules.splits),
+        "kid-judge": lambda: formulas.kid(found["judge"], real["judge"]),
+        "is": lambda: formulas.inception_score(of("is", "is"), rules.splits),
         "isc": isc,
         "fid": lambda: distance("pool3"),
         "kid": subsets,

@@ -6,6 +6,7 @@ speaks of: a caption fits every picture that agrees with its own on those, and t
 positives of the contrastive training.
 """
 
+import difflib
 from dataclasses import dataclass
 
 import torch
@@ -227,3 +228,15 @@ def unknown_words(text):
     known = known_words()
     words = text.lower().replace(",", " ").replace(".", " ").split()
     return [word for word in words if word not in known]
+
+
+def check_labels(*labels):
+    """Raises ValueError, of one line, if the miniature's CLIP has never read a word of them."""
+    if unknown := [word for label in labels for word in unknown_words(label)]:
+        words = {word for label in LABELS for word in (label, *label.split())}
+        close = difflib.get_close_matches(unknown[0].lower(), words, n=1)
+        meant = f"did you mean {close[0]}? It" if close else "it"
+        raise ValueError(
+            f"the miniature's CLIP has never read {', '.join(unknown)}; {meant} knows "
+            f"{', '.join(LABELS)}; for any words: --generator FILE --clip ViT-B/32"
+        )

@@ -27,14 +27,14 @@ import miniature
 from checkpoints.files import write_atomically
 from cli import diffusion
 from cli.adapt import load_clips
-from cli.keeper import sha256
 from cli.processes import pick_device
+from cli.resume import sha256
 from cli.settings import MINIATURE_DDPM, Settings
 from miniature.evaluate import SHOWN as COLUMNS
 from miniature.evaluate import cells, hold_to, picture, silent, write_json
-from miniature.inverted import InvertedTruth
 from miniature.judge import load_judge
 from miniature.truth import as_pixels
+from miniature.truth_diffusion import InvertedTruth
 
 
 @dataclass(frozen=True)

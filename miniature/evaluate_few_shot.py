@@ -38,7 +38,7 @@ import miniature
 from checkpoints import load_discriminator
 from checkpoints.files import write_atomically
 from cli import few_shot
-from cli.keeper import sha256
+from cli.resume import sha256
 from miniature import evaluate, faces
 from miniature.evaluate import file_of, read
 from miniature.truth import as_pixels

@@ -24,8 +24,8 @@ from checkpoints.diffusion import load_unet
 from diffusion import DiffusionGenerator
 from diffusion.steps import downwards, everywhere, step, timesteps
 from miniature import faces
-from miniature.inverted import small
 from miniature.train import pool
+from miniature.truth_diffusion import small
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from conftest import GOLDEN, close, normal
 
 import ipl
-from benchmarks import diffusion, growth, ops, published_order, step, worlds
+from benchmarks import diffusion, growth, networks, ops, published_order, step
 from checkpoints import load_generator
 
 CFG = ipl.Config(
@@ -22,7 +22,7 @@ CFG = ipl.Config(
 
 def build(size=32, device="cpu"):
     generator = load_generator(GOLDEN / "rosinality_tiny.pt", device)
-    return worlds.World(CFG, generator, *ipl.load_clip(GOLDEN / "clip_tiny.pt", device))
+    return networks.World(CFG, generator, *ipl.load_clip(GOLDEN / "clip_tiny.pt", device))
 
 
 def same(ours, theirs):
@@ -40,7 +40,8 @@ def test_the_published_order_is_the_same_mathematics(stage, residual, monkeypatc
     monkeypatch.setattr(published_order, "generator_step", generator_step)
     world = build()._replace(cfg=replace(CFG, residual=residual))
     z = {n: normal(n, world.generator.z_dim, seed=n) for n in (2, 3)}
-    mapper, target = worlds.new_mapper(world), worlds.moved(world.generator) if stage == 2 else None
+    mapper = networks.new_mapper(world)
+    target = networks.moved(world.generator) if stage == 2 else None
     their_step, theirs, their_clip, _ = step.published_step(world, stage, copy.deepcopy(mapper))
     expected = their_step(z[3]) if stage == 1 else their_step(z[2], z[2])
     found, (row,) = step.run_ours(

@@ -11,10 +11,10 @@ from cli import diffusion
 from cli.settings import MINIATURE_DDPM
 from diffusion import DiffusionGenerator, generate, invert, timesteps
 from miniature import DDPM, faces
-from miniature.inverted import InvertedTruth, large, small
 from miniature.judge import load_judge
 from miniature.train import ddpm, pool
 from miniature.train.generator import psnr
+from miniature.truth_diffusion import InvertedTruth, large, small
 
 
 def noise_for_photos(persons, styles, seed, **_):

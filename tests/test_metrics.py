@@ -1,4 +1,4 @@
-"""python ipl.py metrics: cli/scores.py, cli/scorers.py and cli/metrics.py.
+"""python ipl.py metrics: cli/metric_formulas.py, cli/metric_networks.py and cli/metrics.py.
 
 Formulas are held to golden/metrics.json, see metrics_golden.py, or to numbers worked out by hand.
 """
@@ -20,7 +20,9 @@ from PIL import Image
 from scipy.stats import entropy
 
 import miniature
-from cli import metrics, scorers, scores
+from cli import metric_formulas as formulas
+from cli import metric_networks as networks
+from cli import metrics
 from cli.settings import MINIATURE
 from miniature import faces
 from miniature.train import pool
@@ -41,24 +43,26 @@ def flat(*levels, side=12):
 @pytest.mark.parametrize("side", [32, 400])
 def test_psnr_and_ssim_are_those_of_piq(side):
     x, y = metrics_golden.pictures(4, side, side)
-    close(scores.psnr(x, y), GOLDEN[f"psnr {side}"])
-    close(scores.ssim(x, y), GOLDEN[f"ssim {side}"])
-    assert scores.psnr(x, x).isinf().all() and scores.ssim(x, x).tolist() == pytest.approx([1] * 4)
+    close(formulas.psnr(x, y), GOLDEN[f"psnr {side}"])
+    close(formulas.ssim(x, y), GOLDEN[f"ssim {side}"])
+    assert formulas.psnr(x, x).isinf().all()
+    assert formulas.ssim(x, x).tolist() == pytest.approx([1] * 4)
 
 
 def test_sets_of_features_are_compared_as_by_torch_fidelity():
     a, b = metrics_golden.features()
-    assert scores.frechet(*map(scores.normal, (a, b))).item() == pytest.approx(GOLDEN["frechet"])
-    assert scores.kid(a, b) == pytest.approx(GOLDEN["kid"])
-    assert scores.inception_score(3 * a, 10) == pytest.approx(GOLDEN["is"])
+    distance = formulas.frechet(*map(formulas.normal, (a, b)))
+    assert distance.item() == pytest.approx(GOLDEN["frechet"])
+    assert formulas.kid(a, b) == pytest.approx(GOLDEN["kid"])
+    assert formulas.inception_score(3 * a, 10) == pytest.approx(GOLDEN["is"])
 
 
 def test_frechet_of_a_batch_and_of_fewer_features_than_dimensions():
     a, few = normal(50, 8), normal(3, 5, 8, seed=1)
-    found = scores.frechet(scores.normal(a), scores.normal(few))
+    found = formulas.frechet(formulas.normal(a), formulas.normal(few))
     expected = torch.tensor([frechet(a, x) for x in few], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    one_sided = scores.frechet(scores.normal(few[0]), scores.normal(few[0]))
+    one_sided = formulas.frechet(formulas.normal(few[0]), formulas.normal(few[0]))
     assert abs(one_sided.item()) < 1e-6
 
 
@@ -68,7 +72,7 @@ def test_inception_score_is_rssas():
     parts = [p[:10], p[10:]]
     by_hand = [sum(entropy(x, part.mean(0)) for x in part) / 10 for part in parts]
     expected = torch.tensor(by_hand).exp().mean().item()
-    assert scores.inception_score(logits, splits=2) == pytest.approx(expected, rel=1e-5)
+    assert formulas.inception_score(logits, splits=2) == pytest.approx(expected, rel=1e-5)
 
 
 def test_edges_and_their_agreement_by_hand():
@@ -76,29 +80,30 @@ def test_edges_and_their_agreement_by_hand():
     x = flat(0, 0, 0, 80).clone()
     for i, level in enumerate((51, 51, 153)):
         x[i, :, :, 6:] = level
-    edges = scores.sobel(x)
+    edges = formulas.sobel(x)
     assert edges.shape == (4, 1, 10, 10)
     assert edges.amax((1, 2, 3)).tolist() == pytest.approx([0.8, 0.8, 1, 0], abs=1e-6)
     assert (edges > 0.01).sum((1, 2, 3)).tolist() == [20, 20, 20, 0]  # two columns of ten
-    agreement = scores.dice(edges, edges[[1, 2, 3, 3]])
+    agreement = formulas.dice(edges, edges[[1, 2, 3, 3]])
     assert agreement.tolist() == pytest.approx([1, 2 * 0.8 / (0.64 + 1), 0, 1], abs=1e-5)
 
 
 def test_scores_of_cosines_by_hand():
     x = torch.tensor([[3.0, 0], [0, 2], [-1, 0], [0, 0.5]])
-    assert scores.clip_score(x, torch.tensor([5.0, 0])) == pytest.approx(25)  # below 0 counts as 0
-    assert scores.similarity(x, torch.tensor([[1.0, 0], [0, 1]])) == pytest.approx(1 / 4)
-    assert scores.diversity(x) == pytest.approx(1 - (0 - 1 + 0 + 0 + 1 + 0) / 6)
-    assert scores.diversity(x[:1].expand(4, 2)) == pytest.approx(0)
+    below_0_counts_as_0 = formulas.clip_score(x, torch.tensor([5.0, 0]))
+    assert below_0_counts_as_0 == pytest.approx(25)
+    assert formulas.similarity(x, torch.tensor([[1.0, 0], [0, 1]])) == pytest.approx(1 / 4)
+    assert formulas.diversity(x) == pytest.approx(1 - (0 - 1 + 0 + 0 + 1 + 0) / 6)
+    assert formulas.diversity(x[:1].expand(4, 2)) == pytest.approx(0)
 
 
 def test_pictures_in_clusters_by_hand():
     """Four at 0, 1 and 10, 14 of a line, and one alone at 50."""
     x, centers = torch.tensor([[0.0], [1], [10], [14], [50]]), torch.tensor([[0.0], [12], [50]])
-    between = lambda members: scores.distances(x[members], x[members])  # noqa: E731
-    found = scores.in_clusters(scores.distances(x, centers), between)
+    between = lambda members: formulas.distances(x[members], x[members])  # noqa: E731
+    found = formulas.in_clusters(formulas.distances(x, centers), between)
     assert found == pytest.approx((1 + 16) / 2)
-    alone = scores.in_clusters(torch.eye(2), between)
+    alone = formulas.in_clusters(torch.eye(2), between)
     assert math.isnan(alone)
 
 
@@ -114,7 +119,7 @@ def made(network, path):
 
 @torch.no_grad()
 def test_hed_is_the_published_network(tmp_path):
-    network = scorers.load_hed(made(scorers.Hed(), tmp_path / "hed.pt"))
+    network = networks.load_hed(made(networks.Hed(), tmp_path / "hed.pt"))
     edges = network(metrics_golden.pictures(2, 64, 64)[0])
     close(edges.mean((1, 2, 3)), GOLDEN["hed"], rtol=0.01)
     close(edges[0, 0, ::16].mean(1), GOLDEN["hed rows"], rtol=0.02)
@@ -125,7 +130,7 @@ def test_hed_is_the_published_network(tmp_path):
 @pytest.mark.slow
 def test_arcface_is_the_published_network(tmp_path, run):
     with torch.device("meta"):
-        network = scorers.ArcFace()
+        network = networks.ArcFace()
     network.load_state_dict(metrics_golden.weights_like(network.state_dict()), assign=True)
     found = network.eval()(metrics_golden.pictures(2, 256, 7)[0])
     close(found[:, :8], GOLDEN["arcface"], rtol=1e-3, scale=1e-3)
@@ -137,20 +142,20 @@ def test_arcface_is_the_published_network(tmp_path, run):
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inception")
-    return made(scorers.torchvision_inception(), folder / "inception.pt")
+    return made(networks.torchvision_inception(), folder / "inception.pt")
 
 
 @torch.no_grad()
 def test_positions_are_those_before_the_poolings(inception_file):
-    network = scorers.load_inceptions([inception_file])["inception"]
+    network = networks.load_inceptions([inception_file])["inception"]
     x, _ = metrics_golden.pictures(2, 128, 5)
     maps, kept = {}, (network.Conv2d_2b_3x3, network.Conv2d_4a_3x3)
     for layer in kept:
         layer.register_forward_hook(lambda _, __, out: maps.update({out.shape[1]: out}))
-    logits = scorers.class_logits(network, x, sides=())
+    logits = networks.class_logits(network, x, sides=())
     assert logits.shape == (2, 1000)
     for channels, side in ((64, 61), (192, 28)):
-        found = scorers.positions(network, x, channels)
+        found = networks.positions(network, x, channels)
         assert found.shape == (2, side * side, channels)
         assert found[0, side + 1].equal(maps[channels][0, :, 1, 1])
 
@@ -160,11 +165,11 @@ def test_positions_are_those_before_the_poolings(inception_file):
 def test_torch_fidelitys_network_gets_the_weights(tmp_path, run):
     """Those of the file, which its constructor would run as a pickle."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    path = made(scorers.tf_inception(), tmp_path / "tf.pt")
+    path = made(networks.tf_inception(), tmp_path / "tf.pt")
     names = ["2048", "logits_unbiased"]
     theirs = module.FeatureExtractorInceptionV3("inception", names, str(path))
     x, _ = metrics_golden.pictures(2, 64, 5)
-    for a, b in zip(scorers.load_inceptions([path])["tf"](x), theirs(x), strict=True):
+    for a, b in zip(networks.load_inceptions([path])["tf"](x), theirs(x), strict=True):
         close(a, b)
     words = ["--real", run.parent / "real", "--inception", path, "--metrics", "fid", "isc"]
     rows, _, said = measured(run, "--n", "10", *words)
@@ -177,7 +182,7 @@ def test_kid_is_of_subsets():
     a, b = normal(1000, 8).double(), normal(1000, 8, seed=1).double() + 0.1
     known, rules = {"real": {"pool3": b}}, metrics.Protocol()
     found = metrics.score({}, rules, {"kid": 1000}, {"pool3": a}, known, None)
-    assert found["kid"] == pytest.approx(scores.kid(a, b))
+    assert found["kid"] == pytest.approx(formulas.kid(a, b))
 
 
 @torch.no_grad()
@@ -189,10 +194,10 @@ def test_lpips_is_a_distance_of_embeddings(tmp_path, run):
     with torch.device("meta"):
         layers = {f"features.{k}": x for k, x in vgg16().features.state_dict().items()}
     torch.save(metrics_golden.weights_like(layers), path := tmp_path / "vgg.pt")
-    network = scorers.load_lpips(path)
+    network = networks.load_lpips(path)
     x, y = metrics_golden.pictures(2, 256, 5)
-    theirs = network.model(2 * scores.unit(x) - 1, 2 * scores.unit(y) - 1).flatten()
-    close(scores.distances(network(x), network(y)).diagonal(), theirs, rtol=0.01)
+    theirs = network.model(2 * formulas.unit(x) - 1, 2 * formulas.unit(y) - 1).flatten()
+    close(formulas.distances(network(x), network(y)).diagonal(), theirs, rtol=0.01)
     picture = run.parent / "real" / "0.png"  # one center, which all are nearest to
     words = ["--lpips", path, "--reference", picture, "--metrics", "intra-lpips"]
     assert measured(run, "--n", "3", *words)[0]["source"]["intra-lpips"] > 0
@@ -264,14 +269,14 @@ def test_a_protocol_without_its_files_says_what_it_lacks(run):
 
 def test_files_given_are_used(run, tmp_path, inception_file):
     """With the source generator as the run: SCS is 1, and SIFID of a picture with itself 0."""
-    hed = made(scorers.Hed(), tmp_path / "hed.pt")
+    hed = made(networks.Hed(), tmp_path / "hed.pt")
     picture, words = run.parent / "real" / "0.png", ["--hed", hed, "--inception", inception_file]
     rows, printed, _ = measured(
         run, "--n", "2", *words, "--reference", picture, "--metrics", "scs", "sifid"
     )
     assert rows["source"]["scs"] == 1 > rows["source"]["scs floor"]
     assert rows["run"]["sifid"] > 0 and printed.count("hed ") == 1
-    assert scorers.load_hed(hed).sha256 in printed
+    assert networks.load_hed(hed).sha256 in printed
 
 
 def one_painter(persons, styles, seed, *, desc):

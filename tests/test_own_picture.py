@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks import inversion
 from checkpoints import load_generator
 from cli import edit, invert
-from cli.squares import cut, face_quad, find_face, read_square
+from cli.align import cut, face_quad, find_face, read_square
 
 FACE = torch.tensor([[40.0, 50], [60, 50], [50, 60], [43, 75], [57, 75]])  # upright
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from checkpoints.files import check_finite, check_names, is_safetensors, read_file, unwrapped
 from checkpoints.pickles import CheckpointError, StoredTensor, read_pickled, tensor_reader
-from cli.scores import unit
+from cli.metric_formulas import unit
 
 HED_MEAN = (104.00698793, 116.66876762, 122.67891434)  # blue, green, red, of 255
 

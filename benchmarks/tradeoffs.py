@@ -1,7 +1,7 @@
 """Speed and quality of what trades one for the other: Config's fields that change the numbers.
 
-    python -m benchmarks.chosen [--seeds 101 102 103 104 105] [--target anime] [--variants ...]
-    python -m benchmarks.chosen --size 256       speed alone: random networks, published batches,
+    python -m benchmarks.tradeoffs [--seeds 101 102 103 104 105] [--target anime] [--variants ...]
+    python -m benchmarks.tradeoffs --size 256       speed alone: random networks, published batches,
                                                  and the published order of work beside ours
 
 Stage 2 on the miniature, with the adaptive layer choice and in float32, against the same with one
@@ -9,7 +9,7 @@ field changed at a time, and with the recommended ones together. All variants of
 mapper and one seed of latents. Speed is the time of an exact step over that of the variant's, both
 from this run. Quality is what the miniature's judge sees in 512 pictures: shares of the target
 domain and of attributes read right, Frechet distance; means over the seeds with 95% intervals, and
-those of the differences to the exact runs of the same seeds. Writes chosen.json.
+those of the differences to the exact runs of the same seeds. Writes tradeoffs.json.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import ipl
-from benchmarks import worlds
+from benchmarks import networks
 from benchmarks.measure import SEED, clock, write_json
 from benchmarks.step import published_step
 from checkpoints import load_generator
@@ -74,10 +74,10 @@ def adapt(exact, name, generator, pair, mapper, seed):
 
 def speeds(options):
     """{variant, or the published order: [seconds of a step]}, of networks with random weights."""
-    world = worlds.build(options.size, pick_device(options.device))
+    world = networks.build(options.size, pick_device(options.device))
     exact, generator, *pair = world
     exact = replace(exact, steps=1 + 2 * RECOMMENDED["layer_every"])
-    mapper = worlds.new_mapper(world)
+    mapper = networks.new_mapper(world)
     rows = {PUBLISHED: [{"seconds": published(world, mapper)}]}
     for name in tqdm(options.variants, disable=None):
         rows[name] = [{"seconds": adapt(exact, name, generator, pair, mapper, SEED)[1]}]
@@ -151,16 +151,16 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--size", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/chosen"))
+    parser.add_argument("--out", type=Path, default=Path("runs/tradeoffs"))
     options = parser.parse_args()
-    with plain_words("benchmarks.chosen"):
+    with plain_words("benchmarks.tradeoffs"):
         options.variants = list(dict.fromkeys(["exact", *options.variants]))
         make_folder(options.out)
         keep_memory()
         rows = speeds(options) if options.size else measure(options)
         hardware = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         result = {"seeds": options.seeds, "target": options.target, "rows": rows, "on": hardware}
-        write_json(options.out / "chosen.json", result)
+        write_json(options.out / "tradeoffs.json", result)
         if not options.size:
             print(f"{options.target}, seeds {' '.join(map(str, options.seeds))}")
         print(hardware)
