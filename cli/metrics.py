@@ -16,9 +16,8 @@ from tqdm import tqdm
 import ipl
 import miniature
 from checkpoints.files import write_atomically
-from cli import diffusion, processes
+from cli import diffusion, metric_networks, processes
 from cli import metric_formulas as formulas
-from cli import metric_networks as networks
 from cli.adapt import has_truth, load_clips, of_miniature
 from cli.run_folder import FEW_SHOT, find_generator, made_by, make_folder, read_config
 from cli.sample import generators
@@ -348,13 +347,13 @@ def load_known(settings, world, device):
 
 def load_files(inception, hed, arcface, lpips, device):
     """{a key of NEEDS: network} of the files given."""
-    eyes = networks.load_inceptions([expand(x) for x in inception])
+    eyes = metric_networks.load_inceptions([expand(x) for x in inception])
     if hed:
-        eyes["hed"] = networks.load_hed(expand(hed))
+        eyes["hed"] = metric_networks.load_hed(expand(hed))
     if arcface:
-        eyes["arcface"] = networks.load_arcface(expand(arcface))
+        eyes["arcface"] = metric_networks.load_arcface(expand(arcface))
     if lpips and find_spec("lpips"):
-        eyes["lpips"] = networks.load_lpips(expand(lpips))
+        eyes["lpips"] = metric_networks.load_lpips(expand(lpips))
     return {name: network.to(device) for name, network in eyes.items()}
 
 
@@ -429,10 +428,10 @@ def look(eyes, rules, asked, x, y=None):
     if "id" in asked:
         found["id"] = (eyes["arcface"](x) * eyes["arcface"](y)).sum(1)
     if "is" in asked:
-        found["is"] = networks.class_logits(eyes["inception"], x, rules.sides)
+        found["is"] = metric_networks.class_logits(eyes["inception"], x, rules.sides)
     if "sifid" in asked:
         of_x, of_references = (
-            formulas.normal(networks.positions(eyes["inception"], z, rules.channels))
+            formulas.normal(metric_networks.positions(eyes["inception"], z, rules.channels))
             for z in (x, eyes["reference"])
         )
         each = zip(*of_references, strict=True)

@@ -12,4 +12,5 @@ JUDGE = WEIGHTS / "judge.pt"
 DDPM = WEIGHTS / "ddpm"
 DISCRIMINATOR = WEIGHTS / "discriminator.pt"  # of the generator; few-shot adaptation needs it
 
-__all__ = "CLIP DDPM DISCRIMINATOR GENERATOR JUDGE LABELS WEIGHTS check_labels true_pairs".split()
+__all__ = ["CLIP", "DDPM", "DISCRIMINATOR", "GENERATOR", "JUDGE", "LABELS", "WEIGHTS"]
+__all__ += ["check_labels", "true_pairs"]
