@@ -489,7 +489,7 @@ def score(eyes, rules, asked, found, known, truth):
 
         return formulas.in_clusters(of("to centers", "intra-lpips"), between)
 
-    formulas = {
+    ways = {
         "frechet-clip": lambda: distance("clip"),
         "kid-clip": lambda: formulas.kid(found["clip"], real["clip"]),
         "clip-score": lambda: formulas.clip_score(found["clip"], eyes["text"].cpu()),
@@ -514,7 +514,7 @@ def score(eyes, rules, asked, found, known, truth):
         "id": lambda: mean("id"),
         "intra-lpips": clusters,
     }
-    row = {name: formulas[name]() for name in asked}
+    row = {name: ways[name]() for name in asked}
     row |= {f"{x} floor": mean(f"{x} floor", x) for x in ("structure", "scs") if x in asked}
     return {name: x if math.isfinite(x) else str(x) for name, x in row.items()}
 
