@@ -217,6 +217,16 @@ def cells(rows):
         yield f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(rows) > 1 else "")
 
 
+def of_anchors(rows):
+    """What AIR's anchors know of the truth, of some seeds: for each anchor a mean."""
+    every = [row["anchors"] for row in rows]
+    means = {
+        words: [sum(a[i][name] for a in every) / len(every) for i in range(len(every[0]))]
+        for words, name in (("corrected", "cos_air"), ("the first direction's", "cos"))
+    }
+    return ", ".join(f"{w} {' '.join(f'{x:.2f}' for x in found)}" for w, found in means.items())
+
+
 def table(rows, cfg):
     """Markdown of all results: rows[target, method, seed] and rows[target, "truth", None]."""
     hours = sum(row.get("seconds", 0) for row in rows.values()) / 3600
@@ -246,6 +256,9 @@ def table(rows, cfg):
             }
             shares = ", ".join(f"{m} {sum(x) / len(x):.2f}" for m, x in known.items())
             lines += ["", f"Drawn in their own form: {shares}."]
+        for m in (m for m in cfg.methods if m.startswith("air")):
+            words = of_anchors(kinds[m])
+            lines += ["", f"Anchors of {m}, mean cosine with the step that is left: {words}."]
         lines.append("")
     return "\n".join(lines)
 
