@@ -161,7 +161,7 @@ def train_air(cfg, method, generator, clip):
     """AIR, whose anchors begin half the way -> the generator, and a row for each anchor."""
     half = cfg.steps // 2
     first = {"air": "nada", "air-ipl": "ipl"}[method]
-    small = SMALL | {"method": first, "start": half, "interval": max(1, half // 4)}
+    small = SMALL | {"method": first, "start": max(1, half), "interval": max(1, half // 4)}
     cfg, rng = Run(**vars(cfg) | small), torch.Generator().manual_seed(cfg.seed)
     truth = true_features(cfg, generator, clip)
     adapted, _, _, anchors = air.adapt(
