@@ -66,7 +66,7 @@ class Config:
     device: str = "cpu"  # cpu, cuda or cuda:<n>, which all processes share; auto.
     processes: int = os.cpu_count() or 1  # Runs at a time, each on one CPU thread; 1: on all.
     # Of all few-shot runs, but for the method.
-    preset: fewshot.Config = fewshot.Config(steps=120, ema=0.97)
+    preset: fewshot.Config = fewshot.Config()
 
 
 def zero_shot(cfg):
@@ -171,6 +171,7 @@ def run(cfg, target, method, k, seed):
     )
     seconds += time.process_time()
     row, images = look(state, truth)
+    moments.append({"step": cfg.preset.steps} | {name: row[name] for name in ON_THE_WAY})
     row |= {"moments": moments, "seconds": seconds, "device": device.type}
     torch.save(as_pixels(images[:5]), file_of(cfg, target, method, k, seed, suffix=".pt"))
     evaluate.write_json(file_of(cfg, target, method, k, seed), row)
@@ -329,8 +330,10 @@ def report(cfg):
     write_atomically(cfg.out / "curves.png", lambda aside: aside.write_bytes(image))
     text = table(cfg, rows)
     write_atomically(cfg.out / "table.md", lambda aside: aside.write_text(text))
-    flat = [dict(zip(("domain", "method", "shots", "seed"), key, strict=True)) | row
-            for key, row in rows.items()]  # fmt: skip
+    key = "domain", "method", "shots", "seed"
+    kept = {*SHOWN, "moments", "anchors"}
+    flat = [dict(zip(key, k, strict=True)) | {name: x for name, x in row.items() if name in kept}
+            for k, row in rows.items()]  # fmt: skip
     evaluate.write_json(cfg.out / "table.json", flat)
     print(text)
 
