@@ -39,16 +39,16 @@ CHANNELS = {4: 112, 8: 112, 16: 96, 32: 64, 64: 48, 128: 32}  # 0.92 M parameter
 
 @dataclass(frozen=True)
 class Config:
-    pool: int = 16_000  # Photos, each drawn once.
-    steps: int = 8000  # Steps of the discriminator.
-    rest: int = 2000  # Steps before the copy of the generator starts to learn.
+    pool: int = 3000  # Photos, each drawn once.
+    steps: int = 3000  # Steps of the discriminator.
+    rest: int = 1200  # Steps before the copy of the generator starts to learn.
     stray: float = 1.0  # Of codes w, a standard deviation that falls to 0 in these steps.
-    batch: int = 32  # Real pictures a step, and as many generated ones; a multiple of 4.
+    batch: int = 8  # Real pictures a step, and as many generated ones; a multiple of 4.
     lr: float = 0.002  # The discriminator's rate.
     slower: float = 10.0  # The copy's rate is so many times smaller.
     r1: float = 0.1  # Gamma of R1.
     r1_every: int = 16  # Steps from one R1 to the next.
-    held_out: int = 512  # Pictures of each kind in the report; a multiple of 4.
+    held_out: int = 256  # Pictures of each kind in the report; a multiple of 4.
     seed: int = 4000  # Of the weights, the batches and the pool.
     device: str = "auto"  # cpu, cuda ...; auto: the GPU if there is one.
     graphs: bool = True  # On a GPU, record each kind of step once and replay it.
@@ -130,7 +130,8 @@ def game(D, G, adam_d, adam_g, photos, z, stray, cfg):
 def report(D, G, source, seed=50_000, n=512, threads=0):
     """Held-out figures, {name: number}: of n renders, the copy's pictures G and the source's.
 
-    D's share of right answers and its median logit for each; the judge's share of photos and of
+    D's share of right answers and its median logit for each; how often a render's logit is above
+    that of the source's picture of the same person, and of any; the judge's share of photos and of
     attributes read rightly; the PSNR of the copy's pictures to the source's, in dB, of the same z
     and the same noise.
     """
@@ -139,7 +140,7 @@ def report(D, G, source, seed=50_000, n=512, threads=0):
     z = torch.randn(n, G.z_dim, generator=rng)
     persons, drawn = faces.persons_from_z(z), photos_of(z, seed, threads)
     pictures = {"renders": [], "copy": [], "source": []}
-    figures, distance = {}, []
+    figures, distance, of = {}, [], {}
     for part, codes in zip(drawn.split(16), z.to(device).split(16), strict=True):
         pictures["renders"].append(pool.as_images(part.to(device)))
         for name, network in {"copy": G, "source": source}.items():
@@ -147,7 +148,7 @@ def report(D, G, source, seed=50_000, n=512, threads=0):
         of_copy, of_source = (x.synthesis(x.mapping(codes)) for x in (G, source))
         distance.append(psnr(of_copy, of_source.clamp(-1, 1)))
     for name, parts in pictures.items():
-        logits = torch.cat([D(x) for x in parts])
+        logits = of[name] = torch.cat([D(x) for x in parts])[:, 0]
         right = logits > 0 if name == "renders" else logits < 0
         figures[f"D right on {name}"] = right.float().mean().item()
         figures[f"median logit of {name}"] = logits.median().item()
@@ -159,6 +160,9 @@ def report(D, G, source, seed=50_000, n=512, threads=0):
             for a in faces.CATEGORIES
         ]
         figures[f"attributes of {name}"] = torch.stack(same).float().mean().item()
+    above = of["renders"][:, None] > of["source"]
+    figures["render above its source"] = above.diagonal().float().mean().item()
+    figures["render above any (AUC)"] = above.float().mean().item()
     figures["PSNR of copy to source"] = torch.cat(distance).median().item()
     return figures
 
