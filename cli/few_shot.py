@@ -122,12 +122,6 @@ def load_networks(settings, device):
         return G, load_discriminator(discriminator_path(settings), device)
     except ValueError as error:
         ways = "or --discriminator FILE, or none for a fresh one"
-        if not (settings.discriminator or settings.generator):
-            ways = "python -m miniature.train.discriminator makes one; then --discriminator"
-            raise ValueError(
-                f"the miniature has no discriminator yet; wanted: {ways} runs/discriminator.pt, or "
-                "none for a fresh one"
-            ) from error
         raise ValueError(f"{error}; {ways}") from error
 
 

@@ -183,3 +183,15 @@ def test_warnings(folder):
     ):
         code, _, err = answer(*few(*words, "--overwrite"))
         assert code == 0 and "ipl.py: warning: " in err and line in err
+
+
+@pytest.mark.slow
+def test_the_embedded_world_has_all_it_takes(tmp_path):
+    """Its generator, its discriminator and shots of its own."""
+    words = "few-shot --target zombie --steps 2 --ema .3 --shots 2 --samples 2".split()
+    code, said, err = answer(*words, "--out", tmp_path / "run")
+    assert code == 0 and "samples.png" in said, err
+    rows = history_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1] and rows[0]["distance"] > 0
+    chosen = json.loads((tmp_path / "run" / "config.json").read_text())["chosen"]
+    assert chosen == ["zombie, person 0 of seed 80000", "zombie, person 1 of seed 80000"]
