@@ -129,7 +129,7 @@ def read_checkpoint(path):
 
 def _read_json(folder, name):
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no readable {name} in it; wanted: {WANTED}") from error
     if not isinstance(found, dict):

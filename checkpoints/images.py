@@ -6,7 +6,18 @@ from pathlib import Path
 import torch
 
 FORMATS = "PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+UNREAD = {".heic", ".heif", ".avif"}  # as phones write them
+
+
+def picture_paths(folder):
+    """The paths of the pictures in a folder, by their names; hidden files are none, as the ._1.png
+    that macOS puts beside 1.png. A warning tells of kinds that are not read."""
+    there = sorted(x for x in folder.iterdir() if not x.name.startswith("."))
+    if unread := [x.name for x in there if x.suffix.lower() in UNREAD]:
+        found = f"{folder}: passed over {len(unread)} pictures such as {unread[0]}"
+        warnings.warn(f"{found}; wanted: {', '.join(FORMATS)}", stacklevel=3)
+    return [x for x in there if x.suffix.lower() in SUFFIXES]
 
 
 def read_image(path, least=32):
@@ -33,20 +44,27 @@ def read_image(path, least=32):
     except MemoryError:
         raise
     except Exception as error:  # whatever a stranger's bytes can raise
-        why = getattr(error, "strerror", None) or f"no picture, or damaged ({type(error).__name__})"
+        kind, words = type(error).__name__, " ".join(str(error).split())
+        words = f": {words:.100}" * (kind != "UnidentifiedImageError")  # which says no more
+        why = getattr(error, "strerror", None) or f"no picture, or damaged ({kind}{words})"
     raise ValueError(f"cannot read {path}: {why}; {wanted}")
 
 
 def _read(path):
     """A picture in RGB, and the note."""
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, PngImagePlugin
 
-    notes = []
+    notes, PngImagePlugin.MAX_TEXT_CHUNK = [], PngImagePlugin.MAX_TEXT_MEMORY  # of all its chunks
     with Image.open(path, formats=FORMATS) as image:
         if getattr(image, "is_animated", False):
             notes.append("the first of its pictures")
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # whatever a damaged EXIF can raise, of a picture that is whole
+            notes.append("not turned, as its EXIF is damaged")
+            image = image.copy()
     if image.mode == "F":
         raise TypeError("no range is known of its numbers")
     if image.mode.startswith("I"):  # 0 to 65535

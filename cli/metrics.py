@@ -16,6 +16,7 @@ from tqdm import tqdm
 import ipl
 import miniature
 from checkpoints.files import write_atomically
+from checkpoints.images import picture_paths
 from cli import diffusion, processes, scorers, scores
 from cli.adapt import has_truth, load_clips, of_miniature
 from cli.run_folder import FEW_SHOT, find_generator, made_by, make_folder, read_config
@@ -258,7 +259,7 @@ def pictures_in(folder, n):
     folder = Path(expand(folder))
     if not folder.is_dir():
         raise ValueError(f"--real {folder}: no such folder; wanted: one with pictures")
-    paths = sorted(x for x in folder.iterdir() if x.suffix.lower() in diffusion.SUFFIXES)[:n]
+    paths = picture_paths(folder)[:n]
     if len(paths) < 2:
         raise ValueError(f"--real {folder}: pictures found: {len(paths)}; wanted: 2 or more")
     if any(x.suffix.lower() in (".jpg", ".jpeg", ".webp") for x in paths):

@@ -279,11 +279,14 @@ def pick_device(name):
             raise ValueError(f"{found}; wanted: a GPU for each, or --device cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.zeros(0, device=name).device
+        x = torch.zeros(1, device=name)  # by a kernel, which an old GPU, or a busy one, refuses
+        x.item()
+        return x.device
     except (RuntimeError, AssertionError) as error:
         sees = f"{there} GPUs" if there else "no GPU"
         found = f"--device {name}: torch {torch.__version__} sees {sees}"
-        raise ValueError(f"{found}; wanted: auto, cpu, cuda or cuda:<n>") from error
+        why = f" ({str(error).splitlines()[0]:.120})" * bool(there)
+        raise ValueError(f"{found}{why}; wanted: auto, cpu, cuda or cuda:<n>") from error
 
 
 def is_first():

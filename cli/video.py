@@ -219,7 +219,8 @@ def write_mp4(path, frames, fps, note):
     """
     import av
 
-    with av.open(path, "w", options={"movflags": "faststart"}) as file:
+    # in full, as libav takes what is before a colon for a protocol
+    with av.open(path.absolute(), "w", options={"movflags": "faststart"}) as file:
         file.metadata["comment"] = note
         stream = file.add_stream("libx264", rate=fps, options={"crf": "18"})
         codec = stream.codec_context
