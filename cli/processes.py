@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -72,6 +73,9 @@ def lenient_streams():
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
     with contextlib.ExitStack() as stack:
+        if shutil.get_terminal_size().columns < 40:  # tyro's help would never end in a very few
+            stack.callback(os.environ.update, {"COLUMNS": os.environ.get("COLUMNS", "")})
+            os.environ["COLUMNS"] = "40"
         null = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(Stream(sys.stdout or null)))
         stack.enter_context(contextlib.redirect_stderr(Stream(sys.stderr or null)))
@@ -149,6 +153,27 @@ def plain_words(prog="ipl.py", speaks=True):
             if speaks and rank() == 0:
                 print(f"\n{prog}: {where}", file=sys.stderr, flush=True)
             raise SystemExit(128 + number) from None
+
+
+@contextlib.contextmanager
+def ends_cleanly():
+    """SIGTERM and SIGHUP inside, unless something hears them already, are a KeyboardInterrupt: they
+    leave no half written file."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt("stopped", number)
+
+    heard = [signal.SIGTERM, signal.SIGHUP]
+    if threading.current_thread() is not threading.main_thread():
+        heard = []
+    heard = [number for number in heard if signal.getsignal(number) == signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
