@@ -101,8 +101,8 @@ def is_diffusion(path):
 
     What cannot be read is none, nor is a URL: whoever reads it as a GAN says why.
     """
-    if Path(path).is_dir():
-        return True
+    if Path(path).is_dir():  # but not that of a run, in place of the file in it
+        return not any(Path(path).glob("generator.*"))
     try:
         data = Path(path).read_bytes()
         if is_safetensors(data):

@@ -28,6 +28,7 @@ from cli import (
 def main(argv=None):
     """argv: words, else those of the process. Exits with 2 for bad input, in one line."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    processes.fit_threads()
     with processes.lenient_streams(), ipl.plain_torch():
         with processes.plain_words(speaks=processes.is_first()), processes.ends_cleanly():
             runs = command(argv)

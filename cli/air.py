@@ -28,6 +28,7 @@ class Run(air.Config, Settings):
 def main(argv=None):
     """argv: words, else those of the process. Exits with 2 for bad input, in one line."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    processes.fit_threads()
     small = preset_of(argv) == MINIATURE
     default = Run(**vars(MINIATURE) | SMALL) if small else Run()
     config = (tyro.conf.FlagCreatePairsOff,)

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -257,6 +258,17 @@ def warn_of_emulation(settings, device):
             "--autocast none",
             stacklevel=2,
         )
+
+
+def fit_threads(cgroup="/sys/fs/cgroup"):
+    """torch takes as many threads as there are cores; those of a container that may use the time of
+    fewer would wait for each other. OMP_NUM_THREADS has the last word."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # there is no quota
+            words = [Path(cgroup, name).read_text() for name in names]
+            quota, period = map(int, " ".join(words).split())
+            if 0 < quota < period * torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, quota // period))
 
 
 def keep_memory(keep=True):

@@ -201,6 +201,28 @@ def test_a_film_that_is_ended_leaves_no_file(run, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("quota, threads", [
+    ({"cpu.max": "250000 100000\n"}, [2]), ({"cpu.max": "max 100000\n"}, []), ({}, []),
+    ({"cpu.max": "9900000 100000\n"}, []), ({"cpu.max": "50000 100000\n"}, [1]),
+    ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, [4]),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, []),
+])  # fmt: skip
+def test_a_container_that_may_use_few_of_many_cores(tmp_path, monkeypatch, quota, threads):
+    """Unity-Technologies/ml-agents#4471, ollama/ollama#17916."""
+    (tmp_path / "cpu").mkdir()
+    for name, words in quota.items():
+        (tmp_path / name).write_text(words)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    processes.fit_threads(tmp_path)
+    assert chosen == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    processes.fit_threads(tmp_path)
+    assert chosen == threads
+
+
 def test_help_in_a_terminal_of_one_column(monkeypatch):
     """clap-rs/clap#453: it went on for ever, and took all memory."""
     monkeypatch.setenv("COLUMNS", "1")
@@ -223,6 +245,11 @@ def test_a_checkpoint_that_somebody_deletes_spoils_no_finished_run(tmp_path, mon
 
 # ----------------------------------------------------------------------------------------------
 # Usage
+
+
+def test_the_folder_of_a_run_in_place_of_its_generator(run, tmp_path):
+    for words in (["inspect", run], ["convert", run, tmp_path / "x.pt"], ["--generator", run]):
+        assert "Is a directory; wanted: a StyleGAN2 checkpoint (.pt, " in one_line(*words)
 
 
 @pytest.mark.parametrize("words", [
