@@ -1,5 +1,7 @@
 """A stranger's pictures -> uint8 tensors. Nothing of a file is executed: no EPS, no Ghostscript."""
 
+import contextlib
+import io
 import warnings
 from pathlib import Path
 
@@ -23,9 +25,9 @@ def picture_paths(folder):
 def read_image(path, least=32):
     """A picture file -> (uint8 [3, H, W] in RGB, a note in words, or "").
 
-    Turned as its camera was held, what is transparent laid over white, of 16 bits the upper 8, of
-    an animation the first picture; the note says which of it was done. least: pixels of the shorter
-    side. Raises ValueError, of one line, if there is no such picture, or a smaller one.
+    Turned as its camera was held, in sRGB, what is transparent laid over white, of 16 bits the
+    upper 8, of an animation the first picture; the note says which of it was done. least: pixels of
+    the shorter side. Raises ValueError, of one line, if there is no such picture, or a smaller one.
     """
     path, wanted = Path(path), f"wanted: a whole picture, {', '.join(FORMATS)}"
     try:
@@ -65,6 +67,7 @@ def _read(path):
         except Exception:  # whatever a damaged EXIF can raise, of a picture that is whole
             notes.append("not turned, as its EXIF is damaged")
             image = image.copy()
+    image = _in_srgb(image, notes)
     if image.mode == "F":
         raise TypeError("no range is known of its numbers")
     if image.mode.startswith("I"):  # 0 to 65535
@@ -79,6 +82,24 @@ def _read(path):
         kinds = {"L": "grey", "1": "black and white", "P": "palette"}
         notes.append(f"{kinds.get(image.mode, image.mode)} turned to RGB")
     return image.convert("RGB"), ", ".join(notes)
+
+
+def _in_srgb(image, notes):
+    """The picture in sRGB, if it has the colors of another profile, as a phone's Display P3. One
+    that cannot be read is passed over, as most programs do."""
+    from PIL import ImageCms
+
+    data = image.info.get("icc_profile")
+    if not data or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    with contextlib.suppress(Exception):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        name, mode = ImageCms.getProfileDescription(profile).strip(), image.mode
+        if "sRGB" not in name:
+            mode, sRGB = mode.replace("CMYK", "RGB"), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, profile, sRGB, outputMode=mode)
+            notes.append(f"the colors of {name:.40} turned to sRGB")
+    return image
 
 
 def as_square(pixels, side):

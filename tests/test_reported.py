@@ -11,7 +11,7 @@ import pytest
 import torch
 from command import GOLDEN, NADA, WORLD, answer, done, names
 from conftest import refusal
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 import cli
 from checkpoints import load_generator
@@ -94,6 +94,22 @@ def test_a_picture_whose_notes_are_odd_is_whole(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "exif.png").read_bytes()[:-2000])
     with pytest.raises(ValueError, match="damaged"):
         read_image(tmp_path / "cut.png")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.webp", "x.tif"])
+@pytest.mark.parametrize("more", ["", "A"])
+def test_colors_of_another_profile_become_srgb(tmp_path, name, more):
+    """cgwire/zou#1188, OpenDisplay/Home_Assistant_Integration#73. Here red and blue are swapped."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other = data.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
+    other = other.replace("sRGB".encode("utf-16-be"), "Test".encode("utf-16-be"))
+    image = Image.new(f"RGB{more}", (40, 40), (255, 0, 0, 128)[: 3 + len(more)])
+    white = 127 * len(more)  # what shines through
+    for profile, pixel in ((data, (255, white, white)), (other, (white, white, 255))):
+        image.save(tmp_path / name, icc_profile=profile, lossless=True)
+        pixels, note = read_image(tmp_path / name)
+        assert pixels[:, 9, 9].tolist() == pytest.approx(pixel, abs=3)
+        assert ("the colors of Test built-in turned to sRGB" in note) == (profile == other)
 
 
 def test_a_picture_that_is_too_large_is_told(tmp_path, monkeypatch):
