@@ -795,6 +795,6 @@ if __name__ == "__main__":
     try:
         from cli import main
     except ModuleNotFoundError as error:
-        wanted = "wanted: the whole repository, and pip install -r requirements.txt"
+        wanted = "wanted: the whole repository, Linux or macOS, and pip install -r requirements.txt"
         raise SystemExit(f"ipl.py: there is no {error.name}; {wanted}") from None
     main()

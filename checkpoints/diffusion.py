@@ -101,8 +101,8 @@ def is_diffusion(path):
 
     What cannot be read is none, nor is a URL: whoever reads it as a GAN says why.
     """
-    if Path(path).is_dir():
-        return True
+    if Path(path).is_dir():  # but not that of a run, in place of the file in it
+        return not any(Path(path).glob("generator.*"))
     try:
         data = Path(path).read_bytes()
         if is_safetensors(data):
@@ -129,7 +129,7 @@ def read_checkpoint(path):
 
 def _read_json(folder, name):
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no readable {name} in it; wanted: {WANTED}") from error
     if not isinstance(found, dict):

@@ -1,6 +1,7 @@
 """Files: read in whole, and written whole or not at all."""
 
 import contextlib
+import errno
 import os
 import pickle
 import warnings
@@ -31,6 +32,8 @@ def read_file(path, wanted, parse):
         data = file.read_bytes()
         if not data:
             raise CheckpointError(f"damaged, it is empty; wanted: {wanted}")
+        if data.startswith(b"version https://git-lfs"):
+            raise CheckpointError("a pointer of Git LFS, not the file; wanted: git lfs pull")
         value = parse(data, notes)
     except Exception as error:  # bytes that are no checkpoint can fail in any way
         if url and not url[1]:  # it may have been cut short unseen: the next call fetches it again
@@ -53,7 +56,9 @@ def _reason(error, data, wanted):
         kind += f": {error}"
     other = "more than plain tensors"
     if not (is_safetensors(data) or data.startswith((b"PK", b"\x80"))):
-        other = "written by neither pickle nor torch.save"  # such as a page that asks to log in
+        other = "written by neither pickle nor torch.save"
+        if data.lstrip().startswith(b"<"):
+            other = "a web page, such as one that asks to log in or to confirm"
     return f"damaged, or {other} ({kind}); wanted: {wanted}"
 
 
@@ -100,7 +105,8 @@ def write_atomically(path, write):
 
     Raises OSError, with `path` as its file.
     """
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # a name may have 255 bytes, and a letter has up to 4
+    aside = path.with_name(f".{path.stem[:50]}.{os.getpid()}{path.suffix}")
     try:
         write(aside)
         _flush(aside)
@@ -118,5 +124,8 @@ def _flush(path):
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:  # of a file system over a network, or of a user's program
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP):
+            raise
     finally:
         os.close(number)

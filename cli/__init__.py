@@ -1,5 +1,6 @@
 """The command line of ipl.py: `main` finds out which command it is, and for what settings."""
 
+import re
 import sys
 import unicodedata
 
@@ -27,8 +28,9 @@ from cli import (
 def main(argv=None):
     """argv: words, else those of the process. Exits with 2 for bad input, in one line."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    processes.fit_threads()
     with processes.lenient_streams(), ipl.plain_torch():
-        with processes.plain_words(speaks=processes.is_first()):
+        with processes.plain_words(speaks=processes.is_first()), processes.ends_cleanly():
             runs = command(argv)
         processes.make_all(runs, adapt.adapt)
 
@@ -51,8 +53,13 @@ def command(argv):
 
 
 def check_words(argv):
-    """Raises ValueError for words that are no text."""
+    """Raises ValueError for words that are no text, and for empty ones, such as a shell makes of a
+    variable that is not set: an empty path would be this folder, or the default."""
     for before, word in zip(["", *argv], argv, strict=False):
+        flag = before if before.startswith("-") else "a word"
         if any(unicodedata.category(x) in ("Cc", "Cs") for x in word):
-            flag = before if before.startswith("-") else "a word"
             raise ValueError(f"{flag} is {word!r}; wanted: UTF-8 without control characters")
+        if not word or re.fullmatch("--[^=]+=", word):
+            flag = word[:-1] or flag
+            if flag not in ("--freeze", "--ctx-init", "--ctx_init"):  # which may be none
+                raise ValueError(f"{flag} is empty; wanted: a value, or no {flag}")

@@ -54,8 +54,8 @@ def load_clips(settings, device):
         ctx = model.ln_final.weight.expand(1, settings.n_ctx, -1)  # any vectors of that width
         for label in (settings.source, settings.target):
             ipl.construct_prompts(model, ctx, label)
-            templates = [f"{settings.ctx_init} {{}}.", *ipl.TEMPLATES]
-            ipl.tokenize(model, [template.format(label) for template in templates])
+            texts = [template.format(label) for template in ipl.TEMPLATES]
+            ipl.tokenize(model, [f"{settings.ctx_init} {label}.", *texts])  # with any braces in it
     return clips
 
 

@@ -8,7 +8,7 @@ import torch
 import tyro
 
 import ipl
-from cli import adapt, pictures, processes, run_folder
+from cli import adapt, check_words, pictures, processes, run_folder
 from cli.settings import MINIATURE, Settings, expand, preset_of
 from miniature import faces
 from variants import air
@@ -28,10 +28,12 @@ class Run(air.Config, Settings):
 def main(argv=None):
     """argv: words, else those of the process. Exits with 2 for bad input, in one line."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    processes.fit_threads()
     small = preset_of(argv) == MINIATURE
     default = Run(**vars(MINIATURE) | SMALL) if small else Run()
     config = (tyro.conf.FlagCreatePairsOff,)
     with processes.lenient_streams(), ipl.plain_torch(), processes.plain_words("variants.air"):
+        check_words(argv)
         make(tyro.cli(Run, args=argv, default=default, prog="variants.air", config=config))
 
 
@@ -49,7 +51,7 @@ def true_features(run, generator, clip):
 def read(folder):
     """The Run of a finished folder. Raises ValueError if it is of another command."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "config.json").read_bytes())
         return Run(**{k: tuple(x) if type(x) is list else x for k, x in found.items()})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is no run of AIR; wanted: another --out") from error

@@ -14,7 +14,7 @@ from torch import nn
 import ipl
 import miniature
 from checkpoints.diffusion import is_diffusion, load_unet
-from checkpoints.images import SUFFIXES, as_square, read_image
+from checkpoints.images import SUFFIXES, as_square, picture_paths, read_image
 from cli.settings import EMBEDDED
 from diffusion import DiffusionGenerator
 from miniature import faces
@@ -68,7 +68,7 @@ def read_pictures(flag, folder, side, n=None):
     """The first n pictures of a folder, by their names: [N, 3, side, side] in [-1, 1]."""
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder}: no such folder; wanted: one with pictures")
-    paths = sorted(x for x in folder.iterdir() if x.suffix.lower() in SUFFIXES)[:n]
+    paths = picture_paths(folder)[:n]
     if not paths:
         wanted = f"a folder with some of {', '.join(sorted(SUFFIXES))}"
         raise ValueError(f"{flag} {folder}: there is no picture in it; wanted: {wanted}")

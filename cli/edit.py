@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -176,7 +177,7 @@ def names_of(runs):
     """Of files: those of the folders, with a number where another has it."""
     names = ["picture", "inversion"]
     for run in runs:
-        name, i = Path(run).absolute().name, 0
+        name, i = os.path.basename(os.path.abspath(run)), 0  # of A/.., too
         while (new := f"{name}-{i}" if i else name) in names:
             i += 1
         names.append(new)

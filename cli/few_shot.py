@@ -18,8 +18,9 @@ import tyro
 import ipl
 import miniature
 from checkpoints import load_discriminator, load_generator
+from checkpoints.images import SUFFIXES, picture_paths
 from cli import pictures, processes
-from cli.diffusion import SUFFIXES, read_picture
+from cli.diffusion import read_picture
 from cli.invert import projected
 from cli.resume import OF_A_CALL, Keeper, sha256
 from cli.run_folder import FILES, save_run
@@ -39,6 +40,7 @@ class Settings(fewshot.Config):
     target: str | None = None  # ... or a domain of the miniature, which draws its own.
     shots: int = 10  # How many of them; which, the seed says.
     generator: str | None = None  # A StyleGAN2, file or URL. None: the miniature.
+    class_index: int | None = None  # The class that a conditional generator draws.
     # Its discriminator. None: that in the generator's file; none: a fresh one, which knows nothing.
     discriminator: str | None = None
 
@@ -113,7 +115,7 @@ def discriminator_path(settings):
 
 def load_networks(settings, device):
     """The source generator and its discriminator."""
-    G = load_generator(settings.generator or miniature.GENERATOR, device)
+    G = load_generator(settings.generator or miniature.GENERATOR, device, settings.class_index)
     if settings.discriminator == "none":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -130,7 +132,7 @@ def choose(settings):
     folder = Path(settings.images)
     if not folder.is_dir():
         raise ValueError(f"--images {folder}: no such folder; wanted: one with pictures")
-    there = sorted(x for x in folder.iterdir() if x.suffix.lower() in SUFFIXES)
+    there = picture_paths(folder)
     if len(there) < settings.shots:
         kinds, n = ", ".join(sorted(SUFFIXES)), len(there)
         wanted = f"--shots {n} or less" if n else f"a folder with some of {kinds}"
@@ -196,7 +198,7 @@ def of_the_result(settings):
 def read_config(folder):
     """The Settings of a finished few-shot run. Raises ValueError if it is none."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "config.json").read_bytes())
         found.pop("chosen")
         return Settings(**{k: tuple(x) if type(x) is list else x for k, x in found.items()})
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:

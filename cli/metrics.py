@@ -16,6 +16,7 @@ from tqdm import tqdm
 import ipl
 import miniature
 from checkpoints.files import write_atomically
+from checkpoints.images import picture_paths
 from cli import diffusion, metric_networks, processes
 from cli import metric_formulas as formulas
 from cli.adapt import has_truth, load_clips, of_miniature
@@ -259,7 +260,7 @@ def pictures_in(folder, n):
     folder = Path(expand(folder))
     if not folder.is_dir():
         raise ValueError(f"--real {folder}: no such folder; wanted: one with pictures")
-    paths = sorted(x for x in folder.iterdir() if x.suffix.lower() in diffusion.SUFFIXES)[:n]
+    paths = picture_paths(folder)[:n]
     if len(paths) < 2:
         raise ValueError(f"--real {folder}: pictures found: {len(paths)}; wanted: 2 or more")
     if any(x.suffix.lower() in (".jpg", ".jpeg", ".webp") for x in paths):

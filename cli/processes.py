@@ -9,12 +9,14 @@ import ctypes
 import fcntl
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -72,6 +74,9 @@ def lenient_streams():
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
     with contextlib.ExitStack() as stack:
+        if shutil.get_terminal_size().columns < 40:  # tyro's help would never end in a very few
+            stack.callback(os.environ.update, {"COLUMNS": os.environ.get("COLUMNS", "")})
+            os.environ["COLUMNS"] = "40"
         null = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(Stream(sys.stdout or null)))
         stack.enter_context(contextlib.redirect_stderr(Stream(sys.stderr or null)))
@@ -149,6 +154,27 @@ def plain_words(prog="ipl.py", speaks=True):
             if speaks and rank() == 0:
                 print(f"\n{prog}: {where}", file=sys.stderr, flush=True)
             raise SystemExit(128 + number) from None
+
+
+@contextlib.contextmanager
+def ends_cleanly():
+    """SIGTERM and SIGHUP inside, unless something hears them already, are a KeyboardInterrupt: they
+    leave no half written file."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt("stopped", number)
+
+    heard = [signal.SIGTERM, signal.SIGHUP]
+    if threading.current_thread() is not threading.main_thread():
+        heard = []
+    heard = [number for number in heard if signal.getsignal(number) == signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -234,6 +260,17 @@ def warn_of_emulation(settings, device):
         )
 
 
+def fit_threads(cgroup="/sys/fs/cgroup"):
+    """torch takes as many threads as there are cores; those of a container that may use the time of
+    fewer would wait for each other. OMP_NUM_THREADS has the last word."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # there is no quota
+            words = [Path(cgroup, name).read_text() for name in names]
+            quota, period = map(int, " ".join(words).split())
+            if 0 < quota < period * torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, quota // period))
+
+
 def keep_memory(keep=True):
     """glibc's malloc keeps the memory of freed tensors for the next ones, or gives it back.
 
@@ -279,11 +316,14 @@ def pick_device(name):
             raise ValueError(f"{found}; wanted: a GPU for each, or --device cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.zeros(0, device=name).device
+        x = torch.zeros(1, device=name)  # by a kernel, which an old GPU, or a busy one, refuses
+        x.item()
+        return x.device
     except (RuntimeError, AssertionError) as error:
         sees = f"{there} GPUs" if there else "no GPU"
         found = f"--device {name}: torch {torch.__version__} sees {sees}"
-        raise ValueError(f"{found}; wanted: auto, cpu, cuda or cuda:<n>") from error
+        why = f" ({str(error).splitlines()[0]:.120})" * bool(there)
+        raise ValueError(f"{found}{why}; wanted: auto, cpu, cuda or cuda:<n>") from error
 
 
 def is_first():

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def report(
     device = processes.pick_device(device)
     trainings = [training_of(folder) for folder in folders]
     make_folder(out.parent)
-    names = [folder.absolute().name for folder in folders]
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     if len({*names}) < len(names):
         names = [*map(str, folders)]
     rows, judged = pictures_and_figures(folders, found, names, numbers, psi, device)
@@ -128,7 +129,7 @@ def training_of(folder, last=10):
     words: means of the last steps."""
     path = folder / "history.jsonl"
     try:
-        history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        history = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
         losses = {}
         for row in history:
             clip = f", CLIP {row['clip'] + 1}" if "clip" in row else ""

@@ -224,7 +224,7 @@ class Keeper:
 
     def finish(self):
         """Results are written: nothing is left to go on with."""
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)  # somebody may have been faster
 
 
 def light(state):
@@ -268,9 +268,11 @@ def of_the_result(settings):
 
 
 def sha256(path):
-    """Of a file; of a folder, of what is in it, which may be in a folder of its own."""
+    """Of a file; of a folder, of what is in it, which may be in a folder of its own, but for hidden
+    files, such as a file manager or Jupyter leaves there for having looked."""
     if Path(path).is_dir():
         inside = sorted(x for x in Path(path).rglob("*") if x.is_file())
+        inside = [x for x in inside if "/." not in f"/{x.relative_to(path)}"]
         return hashlib.sha256("".join(map(sha256, inside)).encode()).hexdigest()[:16]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -101,7 +101,7 @@ def kind_of(config):
 
 def made_by(folder):
     """The command that made a finished run, if that is not the main one."""
-    return kind_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return kind_of(json.loads((folder / "config.json").read_bytes()))
 
 
 def read_config(folder):
@@ -109,11 +109,12 @@ def read_config(folder):
     out of its range."""
     path = folder / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes())  # in any UTF, with a BOM or without
         if kind_of(found) == FEW_SHOT:  # which has no words: what the two have in common
             found["target"] = found["target"] or f"{Path(found['images']).name} shots"
             names = "target generator seed samples truncation_psi steps batch lr ema device".split()
-            found = {name: found[name] for name in names} | {"method": "nada"}
+            one = {"method": "nada", "class_index": found.get("class_index")}
+            found = {name: found[name] for name in names} | one
         if kind_of(found) == AIR:
             found = {k: x for k, x in found.items() if k in Settings.__dataclass_fields__}
         settings = Settings(**{k: tuple(x) if type(x) is list else x for k, x in found.items()})

@@ -25,6 +25,7 @@ from cli.settings import check, command_line, expand
 
 MOST = 20_000  # frames
 FASTEST = {".gif": 50, ".mp4": 120}  # frames in a second; browsers slow down a faster .gif
+LARGEST = {".gif": 65_535, ".mp4": 16_384}  # pixels of a side that the formats know
 Paths = tyro.conf.UseAppendAction[tuple[Path, ...]]
 
 
@@ -73,6 +74,10 @@ def video(
         total, frames = len(keys) * w_frames, walk([source, *adapted], keys, w_frames)
     if total > MOST:
         raise ValueError(f"{total} frames; wanted: at most {MOST}, by a smaller --w-frames")
+    side = source.resolution * max(columns * (1 if blend else 1 + len(adapted)), rows)
+    if side > (most := LARGEST[output.suffix.lower()]):
+        wanted = f"at most {most} for {output.suffix}, by a smaller --grid or fewer --run"
+        raise ValueError(f"frames of {side} pixels a side; wanted: {wanted}")
     make_folder(output.parent)
     flags = {"run": folders, "seeds": seeds, "projected_w": files, "blend": blend, "grid": grid}
     flags |= {"w_frames": w_frames, "fps": fps, "truncation_psi": truncation_psi}
@@ -219,7 +224,8 @@ def write_mp4(path, frames, fps, note):
     """
     import av
 
-    with av.open(path, "w", options={"movflags": "faststart"}) as file:
+    # in full, as libav takes what is before a colon for a protocol
+    with av.open(path.absolute(), "w", options={"movflags": "faststart"}) as file:
         file.metadata["comment"] = note
         stream = file.add_stream("libx264", rate=fps, options={"crf": "18"})
         codec = stream.codec_context

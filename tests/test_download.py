@@ -63,7 +63,7 @@ ANSWERS = {  # the end of the URL, the first answer, what is said
     "not found": ("", answer(b"", status="404 Not Found"), "HTTP status 404 Not Found"),
     "cut": ("", answer(HALF), f"{len(HALF)} bytes read"),
     "cut, no length": ("", answer(HALF, "Content-Type: x"), "damaged, or more than plain"),
-    "a page": ("", answer(PAGE, "Content-Length: 6"), "written by neither pickle nor torch.save"),
+    "a page": ("", answer(PAGE, "Content-Length: 6"), "a web page, such as one that asks"),
     "stalling": ("", answer(HALF), "timed out"),
     "checksum": (f"#sha256={SHA256}", answer(b"x", "A: b"), f"its sha256 is {X}, not {SHA256}"),
 }

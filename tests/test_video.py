@@ -266,7 +266,7 @@ ROWS = [  # (flags, a word of the answer)
     ("--run class1 --run class3 --output new.gif", "class 1, and class3 adapts"),
     ("--run anime --output there.gif", "there already"), ("--run anime --output new.avi", ".mp4"),
     ("--run anime --output /proc/no/new.gif", "/proc/no"),
-    (f"{ONE} --seeds 5-2", "0-35"), (f"{ONE} --seeds a", "0-35"), (f"{ONE} --seeds=", "0-35"),
+    (f"{ONE} --seeds 5-2", "0-35"), (f"{ONE} --seeds a", "0-35"), (f"{ONE} --seeds=", "empty"),
     (f"{ONE} --seeds 0-10000", "10,001"), (f"{ONE} --seeds 4294967296", "2^32"),
     (f"{ONE} --seeds 1,,2", "0-35"), (f"{ONE} --seeds 3", "--blend"),
     (f"{ONE} --grid 4x", "4x2"), (f"{ONE} --grid 3x1", "6"), (f"{ONE} --blend --grid 4x2", "8"),
@@ -339,7 +339,7 @@ def test_samples_of_seeds_in_a_grid_and_singly(folder, singles):
     assert Image.open("singly/target/seed0002.png").text["seed"] == "2"
     done("sample", "--run", "anime", "--n", "2", "--outdir", "ours", "--out", "b.png")
     assert names(folder / "ours" / "source") == {"sample0000.png", "sample0001.png"}
-    for words in ("5-2", "a", "", "0-10000"):
+    for words in ("5-2", "a", " ", "0-10000"):
         code, _, err = answer("sample", "--run", "anime", "--seeds", words)
         assert code == 2 and err.count("\n") == 1 and "0-35" in err
 
