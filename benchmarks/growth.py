@@ -26,7 +26,8 @@ from benchmarks import networks
 from benchmarks.measure import aligned, clock, hardware, write_json
 from benchmarks.step import run_ours
 from checkpoints.files import write_atomically
-from cli.processes import keep_memory, leave, pick_device, plain_words
+from cli.messages import plain_words
+from cli.processes import keep_memory, leave, pick_device
 from cli.run_folder import make_folder
 
 SHARED = 8  # batch of all processes

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from cli import edit, invert
-from cli.processes import pick_device, plain_words
+from cli.messages import plain_words
+from cli.processes import pick_device
 from miniature import faces
 from miniature.judge import load_judge
 from miniature.train import pool

@@ -43,7 +43,8 @@ import ipl
 from benchmarks import measure, networks, published_order
 from benchmarks.measure import PARTS, SEED, Memory, Parts, clock
 from checkpoints.files import write_atomically
-from cli.processes import keep_memory, memory_advice, pick_device, plain_words
+from cli.messages import plain_words
+from cli.processes import keep_memory, memory_advice, pick_device
 from cli.run_folder import make_folder
 
 WAYS = ("ours", "published")

@@ -27,7 +27,8 @@ from benchmarks import networks
 from benchmarks.measure import SEED, clock, write_json
 from benchmarks.step import published_step
 from checkpoints import load_generator
-from cli.processes import choose_kernels, keep_memory, pick_device, plain_words
+from cli.messages import plain_words
+from cli.processes import choose_kernels, keep_memory, pick_device
 from cli.run_folder import make_folder
 from cli.settings import MINIATURE
 from miniature import CLIP, GENERATOR

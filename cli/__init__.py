@@ -15,6 +15,7 @@ from cli import (
     inspect,
     invert,
     listing,
+    messages,
     metrics,
     processes,
     report,
@@ -29,8 +30,8 @@ def main(argv=None):
     """argv: words, else those of the process. Exits with 2 for bad input, in one line."""
     argv = sys.argv[1:] if argv is None else list(argv)
     processes.fit_threads()
-    with processes.lenient_streams(), ipl.plain_torch():
-        with processes.plain_words(speaks=processes.is_first()), processes.ends_cleanly():
+    with messages.lenient_streams(), ipl.plain_torch():
+        with messages.plain_words(speaks=processes.is_first()), processes.ends_cleanly():
             runs = command(argv)
         processes.make_all(runs, adapt.adapt)
 

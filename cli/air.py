@@ -8,7 +8,7 @@ import torch
 import tyro
 
 import ipl
-from cli import adapt, check_words, pictures, processes, run_folder
+from cli import adapt, check_words, messages, pictures, processes, run_folder
 from cli.settings import MINIATURE, Settings, expand, preset_of
 from miniature import faces
 from variants import air
@@ -32,7 +32,7 @@ def main(argv=None):
     small = preset_of(argv) == MINIATURE
     default = Run(**vars(MINIATURE) | SMALL) if small else Run()
     config = (tyro.conf.FlagCreatePairsOff,)
-    with processes.lenient_streams(), ipl.plain_torch(), processes.plain_words("variants.air"):
+    with messages.lenient_streams(), ipl.plain_torch(), messages.plain_words("variants.air"):
         check_words(argv)
         make(tyro.cli(Run, args=argv, default=default, prog="variants.air", config=config))
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 import ipl
 import miniature
 from checkpoints.files import write_atomically
-from cli.processes import any_rank, deferred_signals, in_words, rank
+from cli.messages import in_words
+from cli.processes import any_rank, deferred_signals, rank
 from cli.run_folder import (
     CHECKPOINT,
     FILES,

@@ -16,7 +16,7 @@ import ipl
 import miniature
 from checkpoints import read_clip
 from checkpoints.files import write_atomically
-from cli import pictures, processes
+from cli import messages, pictures
 
 
 class Wrapped(nn.Module):
@@ -81,7 +81,7 @@ def main(
         lr: Learning rate.
         out: Picture to write, a .png file.
     """
-    with processes.plain_words("any_generator"):
+    with messages.plain_words("any_generator"):
         if not clip:
             miniature.check_labels(source, target)
         generator = dcgan_of_faces()

@@ -18,7 +18,18 @@ from checkpoints import load_generator
 from checkpoints.clip import read_clip
 from checkpoints.files import write_atomically
 from checkpoints.images import picture_paths, read_image
-from cli import adapt, air, diffusion, few_shot, keeper, metrics, processes, report, video
+from cli import (
+    adapt,
+    air,
+    diffusion,
+    few_shot,
+    messages,
+    metrics,
+    processes,
+    report,
+    resume,
+    video,
+)
 from cli.edit import names_of, read_w
 from cli.run_folder import read_config
 from cli.settings import Settings
@@ -67,12 +78,12 @@ def test_hidden_files_are_no_pictures(pictures):
 
 
 def test_hidden_files_make_no_other_run(pictures):
-    before = keeper.sha256(pictures)
+    before = resume.sha256(pictures)
     (pictures / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
     (pictures / ".ipynb_checkpoints" / "1-checkpoint.png").touch()
-    assert keeper.sha256(pictures) == before
+    assert resume.sha256(pictures) == before
     (pictures / "3.png").touch()
-    assert keeper.sha256(pictures) != before
+    assert resume.sha256(pictures) != before
 
 
 def test_pictures_that_are_passed_over_are_told(pictures):
@@ -242,7 +253,7 @@ def test_a_container_that_may_use_few_of_many_cores(tmp_path, monkeypatch, quota
 def test_help_in_a_terminal_of_one_column(monkeypatch):
     """clap-rs/clap#453: it went on for ever, and took all memory."""
     monkeypatch.setenv("COLUMNS", "1")
-    with processes.lenient_streams():
+    with messages.lenient_streams():
         assert shutil.get_terminal_size().columns == 40
     assert os.environ["COLUMNS"] == "1"
 
@@ -264,7 +275,8 @@ def test_a_checkpoint_that_somebody_deletes_spoils_no_finished_run(tmp_path, mon
 
 
 def test_the_folder_of_a_run_in_place_of_its_generator(run, tmp_path):
-    for words in (["inspect", run], ["convert", run, tmp_path / "x.pt"], ["--generator", run]):
+    main = ["--generator", run, "--out", tmp_path / "new"]
+    for words in (["inspect", run], ["convert", run, tmp_path / "x.pt"], main):
         assert "Is a directory; wanted: a StyleGAN2 checkpoint (.pt, " in one_line(*words)
 
 
