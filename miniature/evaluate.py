@@ -43,7 +43,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import scipy.stats
@@ -56,7 +56,7 @@ import ipl
 from checkpoints import load_generator
 from checkpoints.files import write_atomically
 from cli.air import SMALL, Run, true_features
-from cli.processes import pick_device
+from cli.processes import ends_cleanly, pick_device
 from cli.run_folder import find_generator, read_config
 from cli.settings import MINIATURE, Settings, check
 from miniature import CLIP, GENERATOR, JUDGE, captions, faces
@@ -460,6 +460,8 @@ def run_all(cfg, every, run=run):
                 done.result()
                 say(i + 1)
         except BaseException:
+            for child in active_children():
+                child.terminate()
             workers.shutdown(cancel_futures=True)
             raise
 
@@ -500,7 +502,8 @@ if __name__ == "__main__":
     import tyro
 
     try:
-        main(tyro.cli(Config, description=__doc__))
+        with ends_cleanly():
+            main(tyro.cli(Config, description=__doc__))
     except (ValueError, OSError) as error:
         print("evaluate: error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error

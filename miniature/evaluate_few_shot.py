@@ -38,6 +38,7 @@ import miniature
 from checkpoints import load_discriminator
 from checkpoints.files import write_atomically
 from cli import few_shot
+from cli.processes import ends_cleanly
 from cli.resume import sha256
 from miniature import evaluate, faces
 from miniature.evaluate import file_of, read
@@ -342,7 +343,8 @@ if __name__ == "__main__":
     import tyro
 
     try:
-        main(tyro.cli(Config, description=__doc__))
+        with ends_cleanly():
+            main(tyro.cli(Config, description=__doc__))
     except (ValueError, OSError) as error:
         print("evaluate_few_shot: error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
