@@ -498,14 +498,19 @@ def report(cfg):
     print(text)
 
 
-if __name__ == "__main__":
+def call(main, config, about, name):
+    """main of what the command line says; a mistake is told in one line, and ends with 2."""
     import tyro
 
     try:
         with ends_cleanly():
-            main(tyro.cli(Config, description=__doc__))
+            main(tyro.cli(config, description=about))
     except (ValueError, OSError) as error:
-        print("evaluate: error:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"{name}: error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
-        raise SystemExit("\nevaluate: stopped; finished runs are kept") from None
+        raise SystemExit(f"\n{name}: stopped; finished runs are kept") from None
+
+
+if __name__ == "__main__":
+    call(main, Config, __doc__, "evaluate")

@@ -31,7 +31,7 @@ from cli.processes import pick_device
 from cli.resume import sha256
 from cli.settings import MINIATURE_DDPM, Settings
 from miniature.evaluate import SHOWN as COLUMNS
-from miniature.evaluate import cells, hold_to, picture, silent, write_json
+from miniature.evaluate import call, cells, hold_to, picture, silent, write_json
 from miniature.judge import load_judge
 from miniature.truth import as_pixels
 from miniature.truth_diffusion import InvertedTruth
@@ -148,6 +148,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    call(main, Config, __doc__, "evaluate_diffusion")

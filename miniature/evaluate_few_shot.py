@@ -26,7 +26,6 @@ import io
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,7 +37,6 @@ import miniature
 from checkpoints import load_discriminator
 from checkpoints.files import write_atomically
 from cli import few_shot
-from cli.processes import ends_cleanly
 from cli.resume import sha256
 from miniature import evaluate, faces
 from miniature.evaluate import file_of, read
@@ -340,13 +338,4 @@ def report(cfg):
 
 
 if __name__ == "__main__":
-    import tyro
-
-    try:
-        with ends_cleanly():
-            main(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print("evaluate_few_shot: error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        raise SystemExit("\nevaluate_few_shot: stopped; finished runs are kept") from None
+    evaluate.call(main, Config, __doc__, "evaluate_few_shot")
