@@ -24,7 +24,7 @@ def put(figure, photos=False):
     plt.close(figure)
     image = Image.open(whole).convert("RGB")
     if photos:
-        image.save(small, "jpeg", quality=88, subsampling=0, optimize=True)
+        image.save(small, "jpeg", quality=85, subsampling=0, optimize=True)
     else:
         image.quantize(256, kmeans=1).save(small, "png", optimize=True)
     display(Shown(small.getvalue()))
@@ -56,7 +56,7 @@ def pictures(rows, columns=(), notes=None, across=False):
         columns, persons = list(rows), zip(*rows.values(), strict=True)
         rows = {" " * i: torch.stack(person) for i, person in enumerate(persons)}
     n, tops = max(map(len, rows.values())), [0]
-    R = min(200, (800 - 9 * max(map(len, rows))) // n - 5)
+    R = min(190, (800 - 9 * max(map(len, rows))) // n - 5)
     width = R + 5
     for name in rows:
         tops.append(tops[-1] + width + 20 * (name in notes))
