@@ -24,7 +24,7 @@ def put(figure, photos=False):
     plt.close(figure)
     image = Image.open(whole).convert("RGB")
     if photos:
-        image.save(small, "jpeg", quality=85, subsampling=0, optimize=True)
+        image.save(small, "jpeg", quality=85, subsampling=0)
     else:
         image.quantize(256, kmeans=1).save(small, "png", optimize=True)
     display(Shown(small.getvalue()))
