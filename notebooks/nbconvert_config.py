@@ -1,5 +1,5 @@
-"""For jupyter nbconvert: cells that need a download are left alone, and neither progress bars nor
-anything of the machine that runs the notebooks gets into the files.
+"""For jupyter nbconvert: cells that need a download are left alone, and nothing gets into the files
+of progress bars, of sliders, which need a kernel, or of the machine that runs the notebooks.
 """
 
 import re
@@ -8,11 +8,13 @@ from nbconvert.preprocessors import Preprocessor
 
 
 class WithoutBars(Preprocessor):
-    """Takes the bars out of a cell's outputs, no warning; what it printed is one text again."""
+    """Takes bars and sliders out of a cell's outputs, no warning; what it printed is one text."""
 
     def preprocess_cell(self, cell, resources, index):
         kept = []
         for output in cell.get("outputs", []):
+            if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+                continue
             if output.get("name") == "stderr":
                 output.text = re.sub(r"[\r\n]*stage \d:[^\r\n]*", "", output.text).strip()
                 if not output.text:

@@ -1,4 +1,4 @@
-"""The figures of the notebooks: `pictures`, and `show` for panels side by side.
+"""The figures of the notebooks: `pictures`, `show` for panels side by side, and `sliders`.
 
 A panel is a function that draws into the axes it is given: one of those that `lines`, `bars`,
 `histogram` and `heat` return, or a notebook's own. Their other keywords go to `ax.set`.
@@ -17,12 +17,16 @@ from PIL import Image
 STYLE = plt.style.context(Path(__file__).with_name("ipl.mplstyle"))
 
 
-def put(figure):
-    """Into the page, in 256 colours, which no eye misses and make a file a third as large."""
+def put(figure, photos=False):
+    """Into the page: photos as JPEG, else as PNG of 256 colours, a third as large as of all."""
     whole, small = io.BytesIO(), io.BytesIO()
     figure.savefig(whole, format="png", bbox_inches="tight")
     plt.close(figure)
-    Image.open(whole).convert("RGB").quantize(256, kmeans=1).save(small, "png")
+    image = Image.open(whole).convert("RGB")
+    if photos:
+        image.save(small, "jpeg", quality=85, subsampling=0)
+    else:
+        image.quantize(256, kmeans=1).save(small, "png", optimize=True)
     display(Shown(small.getvalue()))
 
 
@@ -36,19 +40,30 @@ def show(*panels, size=(8, 3), **grid):
     put(figure)
 
 
+def enlarged(images, R):
+    """Images [n, 3, r, r] in [-1, 1] -> [n, 3, R, R] in [0, 1]."""
+    images = F.interpolate(images.detach(), (R, R), mode="bicubic", antialias=True)
+    return (images.clamp(-1, 1) + 1) / 2
+
+
 @STYLE
-def pictures(rows, columns=(), notes=None):
-    """Images as one picture, each 128 pixels wide. rows: {name: images [n, 3, R, R] in [-1, 1]};
-    columns: titles; notes: {name of a row: a text to stand below each of its images}."""
-    R, n = 128, max(map(len, rows.values()))
-    width, notes = R + 5, notes or {}
-    tops = [0]
+def pictures(rows, columns=(), notes=None, across=False):
+    """Images as one picture, as wide as a page has room for. rows: {name: images [n, 3, R, R] in
+    [-1, 1]}; columns: titles; notes: {name of a row: a text to stand below each of its images};
+    across: the names stand above columns instead, and each row is a person."""
+    notes = notes or {}
+    if across:
+        columns, persons = list(rows), zip(*rows.values(), strict=True)
+        rows = {" " * i: torch.stack(person) for i, person in enumerate(persons)}
+    n, tops = max(map(len, rows.values())), [0]
+    R = min(190, (800 - 9 * max(map(len, rows))) // n - 5)
+    width = R + 5
     for name in rows:
         tops.append(tops[-1] + width + 20 * (name in notes))
     canvas = torch.ones(tops[-1], n * width, 3)
     for top, images in zip(tops, rows.values(), strict=False):
-        for c, image in enumerate(F.interpolate(images.detach().clamp(-1, 1), R)):
-            canvas[top:, c * width :][:R, :R] = (image.permute(1, 2, 0) + 1) / 2
+        for c, image in enumerate(enlarged(images, R)):
+            canvas[top:, c * width :][:R, :R] = image.permute(1, 2, 0)
 
     inches = [side / plt.rcParams["figure.dpi"] for side in (n * width, tops[-1])]
     figure = plt.figure(figsize=inches, layout="none")
@@ -62,7 +77,32 @@ def pictures(rows, columns=(), notes=None):
         for c, text in enumerate(notes.get(name, ())):
             place = c * width + R / 2, top + R + 2
             ax.text(*place, text, ha="center", va="top", fontsize=9)
-    put(figure)
+    put(figure, photos=True)
+
+
+def sliders(images, **choices):
+    """A slider for each of the choices {name: values}; below them, images[chosen values], which are
+    [n, 3, R, R]. Where there is no ipywidgets, nothing; on a page that nobody runs, neither."""
+    try:
+        import ipywidgets
+    except ImportError:
+        return
+    shown = ipywidgets.Image()
+
+    def turn(change=None):
+        row = torch.cat([*enlarged(images[tuple(x.value for x in knobs)], 256)], dim=2)
+        file = io.BytesIO()
+        Image.fromarray((255 * row).byte().permute(1, 2, 0).numpy()).save(file, "png")
+        shown.value = file.getvalue()
+
+    knobs = [
+        ipywidgets.SelectionSlider(options=values, value=values[-1], description=name)
+        for name, values in choices.items()
+    ]
+    for knob in knobs:
+        knob.observe(turn, "value")
+    turn()
+    display(ipywidgets.VBox([*knobs, shown]))
 
 
 def lines(series, levels=None, style="-", **axis):

@@ -1,9 +1,11 @@
 """The notebooks as they are committed. What they compute, pytest --nbval runs and compares."""
 
 import ast
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,8 +14,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import torch
+from PIL import Image
 
 import ipl
+from notebooks import address as address_of
+from notebooks import plots
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
@@ -67,7 +73,8 @@ def test_was_run_from_top_to_bottom(notebook):
 def test_shows_pictures_and_text_and_nothing_of_the_machine(notebook):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     data = [output.get("data", {}) for output in outputs]
-    assert set().union(*data) == {"image/png", "text/plain"}
+    kinds = set().union(*data)
+    assert kinds - {"text/plain"} and kinds <= {"image/png", "image/jpeg", "text/plain"}
     for output, shown in zip(outputs, data, strict=True):
         # no error or warning; no value at the end of a cell
         assert output.output_type in ("stream", "display_data") and not output.get("metadata")
@@ -79,7 +86,15 @@ def test_shows_pictures_and_text_and_nothing_of_the_machine(notebook):
 def test_begins_with_title_and_setup_and_leads_on(path, notebook):
     title, place, setup = notebook.cells[:3]
     number, last = PATHS.index(path), notebook.cells[-1]
-    assert title.source.startswith(f"# {number + 1} · ")
+    head, badge, idea, seen, *_ = title.source.split("\n\n")
+    assert head.startswith(f"# {number + 1} · ") and idea.startswith("**One idea.** ")
+    # its time is that of the index
+    (seconds,) = re.findall(r"^\*\*What you will see\*\* \((\d+) s\): ", seen)
+    index = (FOLDER / "README.md").read_text()
+    assert re.search(rf"\]\({path.name}\).* \| {seconds} \|$", index, re.MULTILINE)
+    (address,) = re.findall('^REPOSITORY = "(.*?)"', place.source, re.MULTILINE)
+    assert badge.startswith("[![Open in Colab](")
+    assert badge.endswith(f"]({address_of.badge(address, path.name)})")
     assert place.source == nbformat.read(PATHS[0], as_version=4).cells[1].source
     assert "rng = torch.Generator().manual_seed(0)" in setup.source.splitlines()[-2:]
     name = PATHS[number + 1].name if number + 1 < len(PATHS) else "../README.md"
@@ -98,7 +113,7 @@ def test_first_cell_clones_where_nothing_is(tmp_path):
     env |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
     def run(folder, repository):
-        code = script.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}")
+        code = re.sub('REPOSITORY = ".*?"', f"REPOSITORY = {repository!r}", script)
         command = [sys.executable, "-W", "ignore", "-c", code]
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
 
@@ -107,6 +122,41 @@ def test_first_cell_clones_where_nothing_is(tmp_path):
     for folder in (tmp_path, tmp_path / "ipl" / "docs"):  # once, and found again
         found = run(folder, str(FOLDER.parent))
         assert found.stdout.strip() == str(tmp_path / "ipl"), found.stderr
+
+
+def test_one_command_gives_all_an_address_and_takes_it_back(tmp_path):
+    for path in [*PATHS, FOLDER / "address.py"]:
+        shutil.copy(path, tmp_path)
+
+    def call(address):
+        command = [sys.executable, tmp_path / "address.py", address]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert call("https://example.com/me/ipl").stderr.startswith("wanted: ")
+    assert call("https://github.com/me/ipl").returncode == 0
+    for path in PATHS:
+        cells = nbformat.read(tmp_path / path.name, as_version=4).cells
+        assert 'REPOSITORY = "https://github.com/me/ipl"' in cells[1].source
+        link = f"https://colab.research.google.com/github/me/ipl/blob/main/notebooks/{path.name}"
+        assert f"]({link})\n" in cells[0].source
+    assert call("").returncode == 0
+    assert all("](README.md#colab)" in (tmp_path / path.name).read_text() for path in PATHS)
+
+
+def test_sliders_show_what_they_are_set_to_and_nothing_without_ipywidgets(monkeypatch):
+    pytest.importorskip("ipywidgets")
+    shown = []
+    monkeypatch.setattr(plots, "display", shown.append)
+    images = {(x, y): torch.full((2, 3, 8, 8), float(x) * y) for x in ("-1", "1") for y in (0, 1)}
+    plots.sliders(images, target=["-1", "1"], blend=[0, 1])
+    first, second, image = shown.pop().children
+    for target, blend, grey in (("1", 1, 255), ("-1", 1, 0), ("-1", 0, 127)):
+        first.value, second.value = target, blend
+        picture = Image.open(io.BytesIO(image.value))
+        assert picture.size == (512, 256) and picture.getpixel((300, 9)) == (grey, grey, grey)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    plots.sliders(images, target=["-1", "1"], blend=[0, 1])
+    assert not shown
 
 
 def exercise(notebook):
