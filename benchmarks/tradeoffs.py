@@ -1,7 +1,7 @@
 """Speed and quality of what trades one for the other: Config's fields that change the numbers.
 
     python -m benchmarks.tradeoffs [--seeds 101 102 103 104 105] [--target anime] [--variants ...]
-    python -m benchmarks.tradeoffs --size 256       speed alone: random networks, published batches,
+    python -m benchmarks.tradeoffs --size 256    speed alone: random networks, published batches,
                                                  and the published order of work beside ours
 
 Stage 2 on the miniature, with the adaptive layer choice and in float32, against the same with one

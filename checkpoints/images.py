@@ -57,7 +57,8 @@ def _read(path):
     import numpy as np
     from PIL import Image, ImageOps, PngImagePlugin
 
-    notes, PngImagePlugin.MAX_TEXT_CHUNK = [], PngImagePlugin.MAX_TEXT_MEMORY  # of all its chunks
+    notes = []
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one text may be all there is
     with Image.open(path, formats=FORMATS) as image:
         if getattr(image, "is_animated", False):
             notes.append("the first of its pictures")
@@ -86,10 +87,12 @@ def _read(path):
 
 def _in_srgb(image, notes):
     """The picture in sRGB, if it has the colors of another profile, as a phone's Display P3. One
-    that cannot be read is passed over, as most programs do."""
+    that cannot be read is passed over, as most programs do; grey stays grey."""
     from PIL import ImageCms
 
     data = image.info.get("icc_profile")
+    if data and (image.mode == "P" or image.mode == "RGB" and image.has_transparency_data):
+        image = image.convert("RGBA")
     if not data or image.mode not in ("RGB", "RGBA", "CMYK"):
         return image
     with contextlib.suppress(Exception):

@@ -57,10 +57,10 @@ def check_words(argv):
     """Raises ValueError for words that are no text, and for empty ones, such as a shell makes of a
     variable that is not set: an empty path would be this folder, or the default."""
     for before, word in zip(["", *argv], argv, strict=False):
-        flag = before if before.startswith("-") else "a word"
+        flag = before if before.startswith("-") else "a value"
         if any(unicodedata.category(x) in ("Cc", "Cs") for x in word):
             raise ValueError(f"{flag} is {word!r}; wanted: UTF-8 without control characters")
         if not word or re.fullmatch("--[^=]+=", word):
             flag = word[:-1] or flag
             if flag not in ("--freeze", "--ctx-init", "--ctx_init"):  # which may be none
-                raise ValueError(f"{flag} is empty; wanted: a value, or no {flag}")
+                raise ValueError(f"{flag} is empty; wanted: none at all, or more")

@@ -40,7 +40,8 @@ class Settings(fewshot.Config):
     target: str | None = None  # ... or a domain of the miniature, which draws its own.
     shots: int = 10  # How many of them; which, the seed says.
     generator: str | None = None  # A StyleGAN2, file or URL. None: the miniature.
-    class_index: int | None = None  # The class that a conditional generator draws.
+    # The class that a conditional generator draws; its discriminator must have no classes.
+    class_index: int | None = None
     # Its discriminator. None: that in the generator's file; none: a fresh one, which knows nothing.
     discriminator: str | None = None
 

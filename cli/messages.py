@@ -64,7 +64,8 @@ def lenient_streams():
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
     with contextlib.ExitStack() as stack:
         if shutil.get_terminal_size().columns < 40:  # tyro's help would never end in a very few
-            stack.callback(os.environ.update, {"COLUMNS": os.environ.get("COLUMNS", "")})
+            before = {k: x for k, x in os.environ.items() if k == "COLUMNS"}
+            stack.callback(lambda: (os.environ.pop("COLUMNS"), os.environ.update(before)))
             os.environ["COLUMNS"] = "40"
         null = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(Stream(sys.stdout or null)))
@@ -97,6 +98,8 @@ def plain_words(prog="ipl.py", speaks=True):
     is the process that says what all of them see.
     """
 
+    first = speaks and ipl.ranks()[0] == 0
+
     def tell(kind, what):
         words = as_flags(" ".join(str(what).split()))
         words = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in words)
@@ -109,7 +112,7 @@ def plain_words(prog="ipl.py", speaks=True):
         raise SystemExit(code)
 
     def warn(message, *_, **__):
-        if speaks and ipl.ranks()[0] == 0:
+        if first:
             tell("warning", message)
 
     with warnings.catch_warnings():
@@ -120,12 +123,12 @@ def plain_words(prog="ipl.py", speaks=True):
         try:
             yield
         except FloatingPointError as error:
-            fail(error, 1, speaks and ipl.ranks()[0] == 0)
+            fail(error, 1, first)
         except ImportError as error:
             wanted = "" if "wanted" in str(error) else "; wanted: pip install -r requirements.txt"
             fail(f"{error}{wanted}", 2, speaks)
         except ValueError as error:
-            fail(error, 2, speaks and ipl.ranks()[0] == 0)
+            fail(error, 2, first)
         except OSError as error:
             fail(in_words(error), 2)
         except (RuntimeError, MemoryError) as error:
@@ -140,7 +143,7 @@ def plain_words(prog="ipl.py", speaks=True):
             fail(f"rank {os.environ.get('RANK')}: {lost} ({str(error).splitlines()[0]})", 1)
         except KeyboardInterrupt as stop:
             where, number = stop.args or ("stopped", signal.SIGINT)
-            if speaks and ipl.ranks()[0] == 0:
+            if first:
                 print(f"\n{prog}: {where}", file=sys.stderr, flush=True)
             raise SystemExit(128 + number) from None
 

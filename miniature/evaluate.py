@@ -38,12 +38,10 @@ import io
 import json
 import math
 import os
-import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, fields, replace
-from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import scipy.stats
@@ -56,6 +54,7 @@ import ipl
 from checkpoints import load_generator
 from checkpoints.files import write_atomically
 from cli.air import SMALL, Run, true_features
+from cli.messages import plain_words
 from cli.processes import ends_cleanly, pick_device
 from cli.run_folder import find_generator, read_config
 from cli.settings import MINIATURE, Settings, check
@@ -65,7 +64,8 @@ from miniature.train import pool
 from miniature.truth import Truth, as_pixels
 from variants import air
 
-METHODS = ("nada", "ipl", "published", "mean", "own", "caption", "pixels", "air", "air-ipl")
+USUAL = ("nada", "ipl", "published", "mean", "own", "caption")
+METHODS = (*USUAL, "pixels", "air", "air-ipl")
 OF_THE_PAPER = "residual lambda_domain lambda_source lambda_image steps_mapper bank".split()
 PUBLISHED = {name: getattr(ipl.Config(), name) for name in OF_THE_PAPER}
 PERSONAL = ("monster", "fairy tale")
@@ -77,7 +77,7 @@ SHOWN = SHOWN.split()
 @dataclass(frozen=True)
 class Config:
     targets: tuple[str, ...] = faces.DOMAINS[1:]  # Target domains.
-    methods: tuple[str, ...] = METHODS[:6]  # See above.
+    methods: tuple[str, ...] = USUAL  # See above.
     seeds: tuple[int, ...] = (101, 102, 103, 104, 105)  # Of the training runs.
     run: Path | None = None  # A finished run of ipl.py on the miniature, to be read instead.
     out: Path = Path("runs/evaluate")  # Where results are collected.
@@ -158,10 +158,10 @@ def adapt_to_pixels(cfg, generator, oracle, rng):
 
 
 def train_air(cfg, method, generator, clip):
-    """AIR, whose anchors begin half the way -> the generator, and a row for each anchor."""
-    half = cfg.steps // 2
+    """AIR, its anchors at 4, 5, 6 and 7 eighths of the way -> the generator, and their rows."""
+    eighth = max(1, round(cfg.steps / 8))
     first = {"air": "nada", "air-ipl": "ipl"}[method]
-    small = SMALL | {"method": first, "start": max(1, half), "interval": max(1, half // 4)}
+    small = SMALL | {"method": first, "start": 4 * eighth, "interval": eighth}
     cfg, rng = Run(**vars(cfg) | small), torch.Generator().manual_seed(cfg.seed)
     truth = true_features(cfg, generator, clip)
     adapted, _, _, anchors = air.adapt(
@@ -265,7 +265,8 @@ def table(rows, cfg):
 
 def picture(rows, path):
     """A labelled panel: rows {name: uint8 [5, 3, SIZE, SIZE]} of five persons."""
-    margin, side, font = 64, faces.SIZE, ImageFont.load_default(14)
+    side, font = faces.SIZE, ImageFont.load_default(14)
+    margin = max(64, 16 + math.ceil(max(map(font.getlength, rows))))
     image = Image.new("RGB", (margin + 5 * side, side * len(rows)), "white")
     pen = ImageDraw.Draw(image)
     for j, (name, images) in enumerate(rows.items()):
@@ -434,7 +435,7 @@ def hold_to(cfg, found):
 def share_the_machine():
     """In a process of its own: one thread, no words, and Ctrl-C ends it at once."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    pool.ends_at_once()
     sys.stderr = open(os.devnull, "w")
 
 
@@ -453,17 +454,11 @@ def run_all(cfg, every, run=run):
             run(cfg, *job)
             say(i + 1)
         return
-    with ProcessPoolExecutor(cfg.processes, get_context("spawn"), share_the_machine) as workers:
+    with pool.workers(cfg.processes, share_the_machine) as workers:
         runs = [workers.submit(run, cfg, *job) for job in jobs]
-        try:
-            for i, done in enumerate(as_completed(runs)):
-                done.result()
-                say(i + 1)
-        except BaseException:
-            for child in active_children():
-                child.terminate()
-            workers.shutdown(cancel_futures=True)
-            raise
+        for i, done in enumerate(as_completed(runs)):
+            done.result()
+            say(i + 1)
 
 
 def main(cfg):
@@ -499,17 +494,11 @@ def report(cfg):
 
 
 def call(main, config, about, name):
-    """main of what the command line says; a mistake is told in one line, and ends with 2."""
+    """main of what the command line says; its mistakes are told in one line."""
     import tyro
 
-    try:
-        with ends_cleanly():
-            main(tyro.cli(config, description=about))
-    except (ValueError, OSError) as error:
-        print(f"{name}: error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        raise SystemExit(f"\n{name}: stopped; finished runs are kept") from None
+    with plain_words(name), ends_cleanly():
+        main(tyro.cli(config, description=about))
 
 
 if __name__ == "__main__":

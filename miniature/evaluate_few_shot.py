@@ -12,12 +12,13 @@ with the shots at hand,
              below 1 it looks like shots more than the domain does
   D shots, D true, D generated   share that the adapted discriminator has right of the shots, of
              true targets that were no shots, and of generated pictures
-  seconds    of one processor, of the training alone
+  seconds    of one processor, of the few-shot training alone
 
-`target`, `nearest`, `identity` and D's shares are taken on the way, too, of the first 64 latents.
-All runs have the same number of steps. A figure is the mean over the seeds; those of each seed are
-in the JSON file. Whatever is finished is kept in the folder of --out, and the same command goes on
-where it was; with fewer targets, shots or seeds it writes the tables of those.
+`target`, `nearest` and D's shares are taken on the way, too, of the first 64 latents. All few-shot
+runs have the same number of steps, the zero-shot ones those of miniature/evaluate.py. A figure is
+the mean over the seeds; those of each seed are in the JSON file. Whatever is finished is kept in
+the folder of --out, and the same command goes on where it was; with fewer targets, shots or seeds
+it writes the tables of those.
 """
 
 import copy
@@ -47,7 +48,7 @@ FEW = ("tgan", "freezed", "cr", "cdc", "dag", "rssa", "ewc")
 WORDS = {"nada": "NADA", "ipl": "IPL", "air": "AIR", "air-ipl": "AIR on IPL"}
 SHOWN = ["target", "attributes", "identity", "diversity", "clusters", "nearest", "frechet"]
 SHOWN += ["D shots", "D true", "D generated", "seconds"]
-ON_THE_WAY = "target", "nearest", "identity", "D shots", "D true", "D generated"
+ON_THE_WAY = "target", "nearest", "D shots", "D true", "D generated"
 
 
 @dataclass(frozen=True)
@@ -218,19 +219,20 @@ def better_from(cfg, mean, target, method, word, name="frechet"):
 def table(cfg, rows):
     """Markdown of all results."""
     mean = functools.partial(mean_of, rows)
-    hours = sum(row.get("seconds", 0) for row in rows.values()) / 3600
+    hours = sum(row["seconds"] for key, row in rows.items() if key[2]) / 3600
     seeds = ", ".join(map(str, cfg.seeds))
     lines = [
         f"{cfg.n} pictures of seed {cfg.latents}, means over seeds {seeds}; few shots have "
-        f"{cfg.preset.steps} steps; training took {hours:.1f} hours of one processor.",
+        f"{cfg.preset.steps} steps, words those of evaluation.md; the few-shot training took "
+        f"{hours:.1f} hours of one processor.",
         "\nFrom how many shots on the Fréchet distance is less than with words alone:\n",
     ]
-    lines += ["| target | method | " + " | ".join(WORDS[w] for w in cfg.words) + " |"]
-    lines += ["| --- |" * 2 + " --- |" * len(cfg.words)]
+    head = ["target", "method", *(WORDS[word] for word in cfg.words)]
+    lines += [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
     for target in cfg.targets:
         for m in cfg.methods:
-            found = (better_from(cfg, mean, target, m, word) for word in cfg.words)
-            lines += [f"| {target} | {m} | {' | '.join(found)} |"]
+            found = [better_from(cfg, mean, target, m, word) for word in cfg.words]
+            lines += [f"| {' | '.join([target, m, *found])} |"]
     for target in cfg.targets:
         panel = file_of(cfg, target, suffix=".png").name
         lines += ["", f"### {target}", "", f"![{target}, of a few shots]({panel})", ""]
@@ -239,7 +241,8 @@ def table(cfg, rows):
             cells = []
             for name in SHOWN:
                 found, digits = mean(target, m, k, name), 0 if name in ("frechet", "seconds") else 2
-                cells.append("" if found is None else f"{found:.{digits}f}")
+                unknown = found is None or (name == "seconds" and not k)  # of words: of all work
+                cells.append("" if unknown else f"{found:.{digits}f}")
             lines += [f"| {words} | {' | '.join(cells)} |"]
     return "\n".join(lines) + "\n"
 
@@ -272,7 +275,8 @@ def curves(cfg, rows):
                 axes.set_xlabel("shots")
         line[0].set_ylabel(words)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    columns = 2 * len(cfg.targets)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -298,6 +302,11 @@ def check_asked(cfg):
     if not cfg.shots or min(cfg.shots) < 1 or len({*cfg.shots}) < len(cfg.shots):
         found = ", ".join(map(str, cfg.shots))
         raise ValueError(f"--shots {found}; wanted: numbers from 1 on, none of them twice")
+    if cfg.held_out < 1 or not all(0 < part < 1 for part in cfg.moments):
+        raise ValueError("--held-out must be at least 1, and --moments between 0 and 1")
+    if cfg.preset.method != fewshot.Config.method:
+        raise ValueError("--preset.method is none of the preset's; wanted: --methods")
+    few_shot.check(few_shot.Settings(target="anime", **asdict(cfg.preset)))
     evaluate.check_asked(replace(zero_shot(cfg), methods=cfg.words or ("nada",)))
 
 
@@ -305,7 +314,8 @@ def main(cfg):
     check_asked(cfg)
     cfg.out.mkdir(parents=True, exist_ok=True)
     preset = {f"few shots: {k}": v for k, v in asdict(cfg.preset).items() if k != "method"}
-    digest = {"discriminator": sha256(miniature.DISCRIMINATOR), "held_out": cfg.held_out}
+    preset |= {"held_out": cfg.held_out, "moments": cfg.moments}
+    digest = {"discriminator": sha256(miniature.DISCRIMINATOR)}
     evaluate.hold_to(cfg, evaluate.settings_of(zero_shot(cfg)) | preset | digest)
     evaluate.draw_truth(zero_shot(cfg))
     every = [job for s in cfg.seeds for t in cfg.targets for job in jobs_of(cfg, t, s)]

@@ -386,6 +386,11 @@ def test_training_refuses_what_makes_no_groups(wrong):
         training.main(training.Config(**wrong))
 
 
+def test_pairs_are_of_one_person_and_the_auc_of_any():
+    found = training.ordered(torch.tensor([1.0, 0, 3]), torch.tensor([2.0, -1, 2]))
+    assert [*found.values()] == pytest.approx([2 / 3, 5 / 9])
+
+
 @pytest.mark.slow
 def test_training_goes_on_where_it_stopped(tmp_path, capsys):
     cfg = training.Config(

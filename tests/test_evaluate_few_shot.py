@@ -72,7 +72,8 @@ def test_from_end_to_end_and_on_where_it_was(tmp_path, monkeypatch, one_painter)
     cfg = replace(CFG, out=tmp_path, words=("nada",))
     short = replace(evaluate.MINIATURE, steps=1, batch=2)
     monkeypatch.setattr(evaluate, "MINIATURE", short)
-    monkeypatch.setattr(evaluate, "Config", lambda **x: evaluate_config(preset=short, bank=4, **x))
+    plain = evaluate.Config
+    monkeypatch.setattr(evaluate, "Config", lambda **x: plain(preset=short, bank=4, **x))
     evaluate_few_shot.main(cfg)
     words = (tmp_path / "table.md").read_text()
     assert all(x in words for x in ("| NADA |", "| tgan, 1 |", "| rssa, 2 |", "| anime | tgan |"))
@@ -80,14 +81,13 @@ def test_from_end_to_end_and_on_where_it_was(tmp_path, monkeypatch, one_painter)
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     rows = json.loads((tmp_path / "table.json").read_text())
     assert [x["step"] for x in rows[-1]["moments"]] == [1, 2] and 0 < rows[-1]["clusters"] < 3
-    monkeypatch.setattr(evaluate_few_shot, "run", None)  # whatever is finished is not done again
+    first, second = (x.count("|") for x in words.splitlines()[4:6])
+    assert first == second == 4  # a header and the line below it, as Markdown wants
+    monkeypatch.setattr(evaluate_few_shot, "run_any", None)  # what is finished is not done again
     evaluate_few_shot.main(cfg)
     assert (tmp_path / "table.md").read_text() == words
     with pytest.raises(ValueError, match="rows of another few shots: lr; wanted: a new --out"):
         evaluate_few_shot.main(replace(cfg, preset=replace(cfg.preset, lr=0.5)))
-
-
-evaluate_config = evaluate.Config
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,9 @@ evaluate_config = evaluate.Config
         ({"methods": ()}, "--methods is empty"),
         ({"words": ("few",)}, "--words few; wanted: nada"),
         ({"shots": (5, 5)}, "--shots 5, 5; wanted: numbers from 1 on"),
+        ({"moments": (25,)}, "--moments between 0 and 1"),
+        ({"preset": fewshot.Config(steps=0)}, "--steps must be at least 1"),
+        ({"preset": fewshot.Config(method="ewc")}, "wanted: --methods"),
     ],
 )
 def test_refuses(tmp_path, asked, answer):
@@ -106,6 +109,6 @@ def test_refuses(tmp_path, asked, answer):
     assert not (tmp_path / "out").exists()
 
 
-def test_held_out_pictures_are_nobody_elses():
+def test_held_out_pictures_stay_the_same():
     first, again = (evaluate_few_shot.held_out.__wrapped__("anime", 2) for _ in range(2))
     assert first.equal(again) and first.shape == (2, 3, faces.SIZE, faces.SIZE)

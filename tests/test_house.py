@@ -86,3 +86,4 @@ def test_weight():
     for names, limit in (("photo.pt clip.pt judge.pt", 16), ("ddpm", 4), ("discriminator.pt", 4)):
         starts = tuple(f"miniature/weights/{name}" for name in names.split())
         assert sum(size for name, size in sizes.items() if name.startswith(starts)) <= limit << 20
+    assert sum(x for name, x in sizes.items() if name.startswith("miniature/weights")) <= 20 << 20

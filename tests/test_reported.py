@@ -123,6 +123,21 @@ def test_colors_of_another_profile_become_srgb(tmp_path, name, more):
         assert ("the colors of Test built-in turned to sRGB" in note) == (profile == other)
 
 
+def test_a_color_that_stands_for_nothing_stays_so_in_another_profile(tmp_path):
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = data.replace("sRGB".encode("utf-16-be"), "Test".encode("utf-16-be"))
+    image = Image.new("RGB", (40, 40), (255, 0, 0))
+    image.paste((0, 0, 255), (20, 0, 40, 40))
+    for name, more in (("key.png", {"transparency": (0, 0, 255)}), ("palette.png", {})):
+        kept = image if more else image.quantize(4)
+        kept.save(tmp_path / name, icc_profile=data, **more)
+        pixels, note = read_image(tmp_path / name)
+        right = [255, 255, 255] if more else [0, 0, 255]
+        assert pixels[:, 9, 9].tolist() == pytest.approx([255, 0, 0], abs=3)
+        assert pixels[:, 9, 30].tolist() == pytest.approx(right, abs=3)
+        assert "turned to sRGB" in note
+
+
 def test_a_picture_that_is_too_large_is_told(tmp_path, monkeypatch):
     """scalableminds/webknossos-libs#892."""
     RGB.save(tmp_path / "large.png")
@@ -256,6 +271,11 @@ def test_help_in_a_terminal_of_one_column(monkeypatch):
     with messages.lenient_streams():
         assert shutil.get_terminal_size().columns == 40
     assert os.environ["COLUMNS"] == "1"
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((1, 1)))
+    with messages.lenient_streams():
+        assert os.environ["COLUMNS"] == "40"
+    assert "COLUMNS" not in os.environ
 
 
 def test_a_checkpoint_that_somebody_deletes_spoils_no_finished_run(tmp_path, monkeypatch):
@@ -287,9 +307,9 @@ def test_the_folder_of_a_run_in_place_of_its_generator(run, tmp_path):
 ])  # fmt: skip
 def test_a_variable_of_a_shell_that_is_not_set(words):
     """rclone/rclone#4239, elixir-ai-tools/just_bash#79: it was the current folder, or a default."""
-    flag = next((x.rstrip("=") for x in words[::-1] if x.startswith("-")), "a word")
-    flag = "a word" if words[-2:] == ("x.png", "") else flag
-    assert f"{flag} is empty; wanted: a value, or no {flag}\n" in one_line(*words)
+    flag = next((x.rstrip("=") for x in words[::-1] if x.startswith("-")), "a value")
+    flag = "a value" if words[-2:] == ("x.png", "") else flag
+    assert f"{flag} is empty; wanted: none at all, or more\n" in one_line(*words)
 
 
 def test_words_that_may_be_empty_or_end_in_an_equals_sign(capsys):

@@ -10,7 +10,7 @@ import torch
 from command import WORLD, answer, done, history_of, same, start, stopping, two_clips, until_saved
 
 import ipl
-from cli import keeper, pictures, processes, run_folder
+from cli import pictures, processes, resume, run_folder
 from cli.settings import Settings
 
 SHORT = "--steps-mapper 5 --batch-mapper 4 --steps 6 --layer-batch 2 --samples 2 --crop 0.1".split()
@@ -153,14 +153,14 @@ def test_signals_save_and_stop(tmp_path, name):
 
 @pytest.mark.parametrize("stage, number", [(1, signal.SIGUSR1), (2, signal.SIGHUP)])
 def test_a_signal_while_the_last_step_is_saved(whole, tmp_path, monkeypatch, stage, number):
-    save = keeper.Keeper.save
+    save = resume.Keeper.save
 
     def interrupted(self):
         save(self)
         if self.stage == stage and self.loops[f"stage {stage}"]["done"] == (5, 6)[stage - 1]:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(keeper.Keeper, "save", interrupted)
+    monkeypatch.setattr(resume.Keeper, "save", interrupted)
     code, _, err = answer(*WORLD, *SHORT, "--out", tmp_path / "run")
     if stage == 1:
         assert code == 128 + number and "stage 2, 1 of 6 steps are saved" in err
@@ -182,7 +182,7 @@ def test_signals_that_are_ignored_stay_so_and_handlers_of_others_come_back():
 
 def test_a_second_process_that_looked_too_early_does_no_harm(whole, tmp_path):
     """Between its look at the folder and its work there, another one had it."""
-    early = keeper.Keeper(tmp_path / "run", Settings(), torch.device("cpu"))
+    early = resume.Keeper(tmp_path / "run", Settings(), torch.device("cpu"))
     shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(ValueError, match="another process works there"), early:
         pass
@@ -219,7 +219,7 @@ def test_a_run_that_diverges_keeps_what_is_finite_and_the_run_before(whole, tmp_
     assert code == 1 and "with --overwrite, or another --out" in err.splitlines()[-1]
     same(out, whole)
     for loop in loops_of(out).values():
-        assert all(x.isfinite().all() for x in keeper.tensors(loop["state"]))
+        assert all(x.isfinite().all() for x in resume.tensors(loop["state"]))
 
 
 @pytest.mark.parametrize(

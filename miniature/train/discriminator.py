@@ -126,6 +126,16 @@ def game(D, G, adam_d, adam_g, photos, z, stray, cfg):
     return step_d, step_r1, step_g
 
 
+def ordered(renders, source):
+    """How often a render's logit is above that of the source's picture of the same person, and of
+    anyone: logits [n] each, of the same persons."""
+    above = (renders[:, None] > source).float()
+    return {
+        "render above its source": above.diagonal().mean().item(),
+        "render above any (AUC)": above.mean().item(),
+    }
+
+
 @torch.no_grad()
 def report(D, G, source, seed=50_000, n=512, threads=0):
     """Held-out figures, {name: number}: of n renders, the copy's pictures G and the source's.
@@ -160,9 +170,7 @@ def report(D, G, source, seed=50_000, n=512, threads=0):
             for a in faces.CATEGORIES
         ]
         figures[f"attributes of {name}"] = torch.stack(same).float().mean().item()
-    above = of["renders"][:, None] > of["source"]
-    figures["render above its source"] = above.diagonal().float().mean().item()
-    figures["render above any (AUC)"] = above.float().mean().item()
+    figures |= ordered(of["renders"], of["source"])
     figures["PSNR of copy to source"] = torch.cat(distance).median().item()
     return figures
 

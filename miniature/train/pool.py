@@ -1,10 +1,12 @@
 """Pictures by the ten thousand, drawn once, by all processors."""
 
+import contextlib
 import functools
 import hashlib
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
@@ -46,11 +48,30 @@ def draw(persons, styles, seed, *, processes=None, desc="pictures"):
     parts = [(persons[i : i + CHUNK], several[i : i + CHUNK], seed, i) for i in places]
     images = torch.empty(n, several.shape[1], 3, faces.SIZE, faces.SIZE, dtype=torch.uint8)
     processes = min(processes or os.cpu_count() or 1, len(parts))
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with workers(processes) as pool:
         drawn = pool.map(_chunk, *zip(*parts, strict=True))
         for i, part in zip(places, tqdm(drawn, desc, len(parts), disable=None), strict=True):
             images[i : i + CHUNK] = torch.from_numpy(part)
     return images if styles.ndim == 3 else images[:, 0]
+
+
+def ends_at_once():
+    """In a process of its own: Ctrl-C, of which the first process tells."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def workers(n, begin=ends_at_once):
+    """A pool of n processes, each of which begins so; they end with what is inside, whatever ends
+    it."""
+    with ProcessPoolExecutor(n, get_context("spawn"), begin) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for child in active_children():
+                child.terminate()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def kept(path, make, **asked):
