@@ -348,7 +348,8 @@ def main(argv=None, build=networks.build):
             world = build(size, device)
             small = SMALL if size >= 1024 and device.type == "cpu" else {}
             published = world.cfg
-            world = world._replace(cfg=replace(published, **small | given))
+            ours_alone = {"bank": 0, "lambda_image": 0.0, "lambda_source": 0.0}  # not in that code
+            world = world._replace(cfg=replace(published, **ours_alone | small | given))
             for stage in options.stages:
                 row = {"size": size, "stage": stage}
                 row["batches"] = batches_of(world.cfg, stage, published)

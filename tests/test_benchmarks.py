@@ -58,6 +58,14 @@ def test_the_published_order_is_the_same_mathematics(stage, residual, monkeypatc
 
 
 @pytest.mark.slow
+def test_steps_of_the_miniature_with_its_own_preset(tmp_path):
+    words = "--sizes 128 --repeats 1 --batch-mapper 2 --batch 1 --layer-batch 2 --out"
+    step.main([*words.split(), str(tmp_path)])
+    found = json.loads((tmp_path / "step.json").read_text())
+    assert [row["stage"] for row in found["steps"]] == [1, 2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--same-malloc"]])
 def test_steps_from_end_to_end(tmp_path, capsys, monkeypatch, flags):
     kept = []
