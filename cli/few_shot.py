@@ -93,7 +93,8 @@ def check(settings):
             if not holds(value := getattr(settings, name)):
                 raise ValueError(f"{flag(name)} must be {wanted}, not {value}")
     if (settings.images is None) == (settings.target is None):
-        raise ValueError("what is the target? wanted: --images FOLDER, or --target anime")
+        found = "both --images and --target" if settings.images else "what is the target?"
+        raise ValueError(f"{found}; wanted: --images FOLDER, or --target anime")
     if settings.target is not None:
         if settings.generator is not None:
             raise ValueError("--target is for the miniature; wanted: --images FOLDER")

@@ -324,14 +324,14 @@ def main(cfg):
 
 
 def report(cfg):
-    """The table, the curves, and a panel for each target: of its first seed, the third number of
-    shots or the last."""
+    """The table, the curves, and a panel for each target: NADA, IPL and the third number of shots,
+    or the last, of the first seed."""
     rows, k = finished(cfg), cfg.shots[min(2, len(cfg.shots) - 1)]
     for target in cfg.targets:
         kept = read(file_of(cfg, target, "truth", suffix=".pt"))
         strips = {"photo": kept["photo"]}
         for job in jobs_of(cfg, target, cfg.seeds[0]):
-            if len(job) == 3 or job[2] == k:
+            if job[1] in ("nada", "ipl") or job[2:3] == (k,):
                 words = WORDS.get(job[1], f"{job[1]}, {k}")
                 strips[words] = read(file_of(cfg, *job, suffix=".pt"))
         evaluate.picture(strips | {"truth": kept["truth"]}, file_of(cfg, target, suffix=".png"))
