@@ -97,7 +97,6 @@ def plain_words(prog="ipl.py", speaks=True):
     Exit code 2: bad input. 1: a run that failed. 128 + n: stopped by signal n. speaks: whether this
     is the process that says what all of them see.
     """
-
     first = speaks and ipl.ranks()[0] == 0
 
     def tell(kind, what):

@@ -93,7 +93,8 @@ def source_discriminator(device):
 
 def in_clusters(features, centers, at_most=50):
     """Mean distance of the pairs nearest to the same center, mean over all centers: features
-    [n, d], centers [k, d]. A center with less than a pair counts 0: collapse is not flattered."""
+    [n, d], centers [k, d]. A center with less than a pair counts 0, where intra-LPIPS leaves it
+    out (cli/metric_formulas.py), which flatters collapse."""
     nearest, total = torch.cdist(features, centers).argmin(1), 0.0
     for k in range(len(centers)):
         members = features[nearest == k][:at_most]
@@ -340,8 +341,8 @@ def report(cfg):
     text = table(cfg, rows)
     write_atomically(cfg.out / "table.md", lambda aside: aside.write_text(text))
     key = "domain", "method", "shots", "seed"
-    kept = {*SHOWN, "moments", "anchors"}
-    flat = [dict(zip(key, k, strict=True)) | {name: x for name, x in row.items() if name in kept}
+    names = {*SHOWN, "moments", "anchors"}
+    flat = [dict(zip(key, k, strict=True)) | {name: x for name, x in row.items() if name in names}
             for k, row in rows.items()]  # fmt: skip
     evaluate.write_json(cfg.out / "table.json", flat)
     print(text)
