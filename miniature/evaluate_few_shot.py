@@ -221,11 +221,12 @@ def table(cfg, rows):
     """Markdown of all results."""
     mean = functools.partial(mean_of, rows)
     hours = sum(row["seconds"] for key, row in rows.items() if key[2]) / 3600
+    gpu = " and part of a GPU" * any(row.get("device") == "cuda" for row in rows.values())
     seeds = ", ".join(map(str, cfg.seeds))
     lines = [
         f"{cfg.n} pictures of seed {cfg.latents}, means over seeds {seeds}; few shots have "
         f"{cfg.preset.steps} steps, words those of evaluation.md; the few-shot training took "
-        f"{hours:.1f} hours of one processor.",
+        f"{hours:.1f} hours of one processor{gpu}.",
         "\nFrom how many shots on the Fréchet distance is less than with words alone:\n",
     ]
     head = ["target", "method", *(WORDS[word] for word in cfg.words)]

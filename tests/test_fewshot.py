@@ -112,6 +112,15 @@ def test_with_weight_0_each_is_plain_fine_tuning(networks, shots, plain, method)
     assert [row["loss"] for row in history] == [row["loss"] for row in plain[1]]
 
 
+@pytest.mark.parametrize("freeze", ["noise", ""])
+def test_what_of_the_generator_learns(networks, shots, freeze):
+    """All but the mapping, and what `freeze` names."""
+    G = run(networks, shots, method="tgan", freeze=freeze)[2]["G"]
+    for (name, before), after in zip(networks[0].named_parameters(), G.parameters(), strict=True):
+        rests = name.startswith("style.") or (freeze != "" and freeze in name)
+        assert torch.equal(before, after) == rests, name
+
+
 @pytest.mark.parametrize("method", PLAIN)
 def test_with_its_weight_each_is_another(networks, shots, plain, method):
     assert not same(run(networks, shots, method=method)[2]["D"], plain[2]["D"])
@@ -521,7 +530,8 @@ class OneNumber(nn.Module):
 
 def test_fisher_information():
     """By hand, with D(x) = x: d log sigmoid(theta z) / d theta = z sigmoid(-theta z)."""
-    (F_i,) = fewshot.fisher_information(OneNumber(0.7), lambda x: x, 50, rng(4))
+    G = OneNumber(0.7)
+    (F_i,) = fewshot.fisher_information(G, lambda x: x, [*G.parameters()], 50, rng(4))
     chance = rng(4)
     z = torch.stack([torch.randn(1, 1, generator=chance) for _ in range(50)]).double()
     exactly(F_i, (z * torch.sigmoid(-0.7 * z)).square().mean(), atol=1e-6)
@@ -534,7 +544,7 @@ def test_elastic_penalty(networks):
     assert fewshot.elastic_penalty(parameters, start, fisher) == 13
     assert fewshot.elastic_penalty(parameters, parameters, fisher) == 0
     G, D = (copy.deepcopy(x).requires_grad_() for x in networks)
-    fisher = fewshot.fisher_information(G, D, 3, rng())
+    fisher = fewshot.fisher_information(G, D, fewshot.learning(G, "noise"), 3, rng())
     assert all((x >= 0).all() for x in fisher) and sum(x.sum() for x in fisher) > 0
 
 
@@ -579,6 +589,10 @@ def test_refused_settings(networks, shots):
         run(networks, shots, method="tgan", batch=6)
     with pytest.raises(ValueError, match="rssa draws all codes to the shots', and there is one"):
         run(networks, shots[:1], method="rssa")
+    for freeze in ("nois3", "."):
+        words = "fits none of G's parameters, or all; wanted: 'noise', or ''"
+        with pytest.raises(ValueError, match=words):
+            run(networks, shots, method="tgan", freeze=freeze)
     with pytest.raises(ValueError, match=r"wanted: codes \[5, 6, 6\]"):
         adapt(replace(QUICK, method="rssa"), *networks, shots, rng=rng())
 

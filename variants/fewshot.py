@@ -22,15 +22,15 @@ Where it departs from the published codes (CDC's, which RSSA's is made from; Fre
  3. Layers are chosen by position and receptive field. There patches are judged where 16 or 32 px
     have 512 channels [CDC model.py:757-766], and RSSA's sides are numbers: here parts of R of 256.
  4. cdc: one head of patches; of the four there one is used (highp 1). As there its logits pass a
-    leaky ReLU, it never gets R1, and L_distance is KL(p_source | p_target) of one layer for each
-    anchor (the paper: the reverse, summed over layers), and each network draws its own noise for
-    it, so that it begins above 0; `same_noise` gives both the same.
+    leaky ReLU, it never gets R1, L_distance is KL(p_source | p_target) of one layer for each anchor
+    (the paper: the reverse, over all layers), and begins above 0, of unlike noise (`same_noise`).
  5. G and its average start at the same weights; CDC's G at "g", its average at "g_ema". No ADA.
  6. freezed, cr: on this base. There R1 in each step, no length of paths, the best FID kept
     (FreezeD); hinge loss, spectral norm (CR). `cr_fake` is bCR's (2002.04724).
  7. dag: R1 of the main head alone. `dag_all` off, ours, draws one transform a policy and step.
  8. rssa: the length of paths is of codes that are not compressed. ewc: no code is public.
- 9. G's mapping rests, so that w means the same to both; there it learns at 1/100 of the rate.
+ 9. G's mapping rests, so that w means the same to both; there it learns at 1/100 of the rate. With
+    `freeze`, noise strengths rest, too: the miniature's D, which has met no grain, lets it grow.
 """
 
 import copy
@@ -58,8 +58,9 @@ class Config:
     method: Literal["tgan", "freezed", "cr", "cdc", "dag", "rssa", "ewc"] = "cdc"
     steps: int = 400  # Number of steps, of D and of G.
     batch: int = 4  # Images per step, and compared in cdc and rssa.
-    lr: float = 0.002  # Learning rate, before StyleGAN2's correction for lazy regularisers.
+    lr: float = 0.001  # Learning rate, before StyleGAN2's correction for lazy regularisers.
     ema: float = 0.99  # Decay of the moving average of G, which is the result.
+    freeze: str = "noise"  # Parameters of G with this in their name do not learn; "": all do.
     mixing: float = 0.0  # Probability that the codes of a batch are mixed of two.
     flip: float = 0.0  # Probability that a shot is mirrored.
     r1: float = 0.8  # Weight of R1, of D's slope at shots; 0.0002 R^2 / batch is ADA's rule.
@@ -90,8 +91,8 @@ class Config:
 
 
 PUBLISHED = Config(  # of CDC, at 256 px; RSSA has 2002 steps
-    steps=5002, ema=0.997784, mixing=0.9, flip=0.5, r1=10, cr_flip=0.5, cr_shift=1 / 8, dag_all=True
-)  # fmt: skip
+    steps=5002, lr=0.002, ema=0.997784, freeze="", mixing=0.9, flip=0.5, r1=10, cr_flip=0.5,
+    cr_shift=1 / 8, dag_all=True)  # fmt: skip
 
 
 # -- 1. What all methods share ---------------------------------------------------------------------
@@ -108,6 +109,8 @@ def check(cfg, generator, discriminator, shots, codes=None):
          f"batch={cfg.batch}; wanted: a multiple of {discriminator.stddev_group}, D's groups"),
         (cfg.batch < {"cdc": 3, "rssa": 2}.get(cfg.method, 1),
          f"{cfg.method} compares the images of a batch, and batch={cfg.batch}; wanted: batch=4"),
+        (cfg.freeze and len(learning(generator, cfg.freeze)) in (0, len(learning(generator, ""))),
+         f"freeze={cfg.freeze!r} fits none of G's parameters, or all; wanted: 'noise', or ''"),
         (rssa and k < 2, "rssa draws all codes to the shots', and there is one; wanted: two shots"),
         (rssa and getattr(codes, "shape", 0) != of_codes, f"rssa; wanted: codes {list(of_codes)}"),
     ):  # fmt: skip
@@ -128,9 +131,10 @@ def lazy_adam(parameters, lr, every):
     return torch.optim.Adam(parameters, lr=c * lr, betas=(0.0, 0.99**c), fused=True)
 
 
-def learning(G):
+def learning(G, freeze):
     """The parameters of G that learn (departure 9)."""
-    return [p for name, p in G.named_parameters() if not name.startswith("style.")]
+    rests = "style.", freeze or "style."
+    return [p for name, p in G.named_parameters() if not any(x in name for x in rests)]
 
 
 def take_step(adam, loss, parameters):
@@ -167,8 +171,7 @@ def maps_of(G, w, noise=None):
 
 # -- 2. FreezeD, CR --------------------------------------------------------------------------------
 def frozen_names(D, until):
-    """FreezeD: D's first layers, which know what all pictures share, do not learn -> the names of
-    their parameters, from fromRGB through the blocks from R down to `until` pixels."""
+    """FreezeD: the names of D's parameters from fromRGB through the blocks of R to `until` px."""
     blocks = int(math.log2(D.resolution)) - int(math.log2(until))
     prefixes = tuple(f"convs.{i}." for i in range(blocks + 1))
     return {name for name, _ in D.named_parameters() if name.startswith(prefixes)}
@@ -317,10 +320,9 @@ def compressor(codes, resolution, table):
 
 
 # -- 6. EWC ----------------------------------------------------------------------------------------
-def fisher_information(G, D, n, rng):
-    """EWC: F_i = E_z (d log sigmoid(D(G(z))) / d theta_i)^2, of n draws: a tensor a parameter.
-    One by one, for it is the mean square of single gradients."""
-    parameters, noise = learning(G), torch.Generator(G.w_avg.device).manual_seed(0)
+def fisher_information(G, D, parameters, n, rng):
+    """EWC: F_i = E_z (d log sigmoid(D(G(z))) / d theta_i)^2, of n single draws, a tensor each."""
+    noise = torch.Generator(G.w_avg.device).manual_seed(0)
     total = [torch.zeros_like(p) for p in parameters]
     for _ in trange(n, desc="Fisher information", disable=None):
         z = torch.randn(1, G.z_dim, generator=rng).to(G.w_avg.device)
@@ -365,13 +367,12 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
     for policy in cfg.dag_policies if method == "dag" else ():
         extras[policy] = nn.ModuleList(copy.deepcopy(D.final_linear[1]) for _ in transforms(policy))
     extras.to(device)
-    if method == "rssa":
-        compress = compressor(codes.to(device), G.resolution, cfg.compression)
-    if method == "ewc":
-        fisher = fisher_information(G, D, cfg.ewc_draws, own)
+    compress = method == "rssa" and compressor(codes.to(device), G.resolution, cfg.compression)
     frozen = frozen_names(D, cfg.freeze_until) if method == "freezed" else ()
     learn_d = [p for name, p in D.named_parameters() if name not in frozen] + [*extras.parameters()]
-    learn_g, start = learning(G), learning(source)
+    learn_g, start = (learning(network, cfg.freeze) for network in (G, source))
+    if method == "ewc":
+        fisher = fisher_information(G, D, learn_g, cfg.ewc_draws, own)
     adam_d = lazy_adam(learn_d, cfg.lr, cfg.r1_every)
     adam_g = lazy_adam(learn_g, cfg.lr, cfg.path_every)
     def drawn(whole, noise):  # images of G for D
@@ -381,7 +382,7 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
             w = G.mapping(z)[:, None].expand(-1, G.num_ws, -1)
         else:
             w = mixed_codes(G, cfg.batch, cfg.mixing, rng)
-        return G.synthesis(compress(w) if method == "rssa" else w, rng=noise)
+        return G.synthesis(compress(w) if compress else w, rng=noise)
     def compared(noises=(None, None), compress=None):  # maps of source and G, of the same new z
         z, maps = torch.randn(cfg.batch, G.z_dim, generator=own).to(device), []
         for network, noise in zip((source, G), noises, strict=True):

@@ -39,11 +39,11 @@ CHANNELS = {4: 112, 8: 112, 16: 96, 32: 64, 64: 48, 128: 32}  # 0.92 M parameter
 
 @dataclass(frozen=True)
 class Config:
-    pool: int = 3000  # Photos, each drawn once.
-    steps: int = 3000  # Steps of the discriminator.
-    rest: int = 1200  # Steps before the copy of the generator starts to learn.
+    pool: int = 16_000  # Photos, each drawn once.
+    steps: int = 6000  # Steps of the discriminator.
+    rest: int = 1500  # Steps before the copy of the generator starts to learn.
     stray: float = 1.0  # Of codes w, a standard deviation that falls to 0 in these steps.
-    batch: int = 8  # Real pictures a step, and as many generated ones; a multiple of 4.
+    batch: int = 32  # Real pictures a step, and as many generated ones; a multiple of 4.
     lr: float = 0.002  # The discriminator's rate.
     slower: float = 10.0  # The copy's rate is so many times smaller.
     r1: float = 0.1  # Gamma of R1.
