@@ -27,7 +27,7 @@ from benchmarks.measure import aligned, clock, hardware, write_json
 from benchmarks.step import run_ours
 from checkpoints.files import write_atomically
 from cli.messages import plain_words
-from cli.processes import keep_memory, leave, pick_device
+from cli.processes import choose_kernels, keep_memory, leave, pick_device
 from cli.run_folder import make_folder
 
 SHARED = 8  # batch of all processes
@@ -185,6 +185,7 @@ def main(argv=None, build=networks.random_world):
     options = parser.parse_args(argv)
     with plain_words("benchmarks.growth"):
         device = pick_device(options.device)
+        choose_kernels(deterministic=False, tf32=False)
         numbers = options.resolutions + options.batches + options.processes + [options.repeats]
         if min(numbers) < 1:
             raise ValueError(f"{min(numbers)} is no size and no number; wanted: at least 1")

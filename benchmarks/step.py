@@ -44,7 +44,7 @@ from benchmarks import measure, networks, published_order
 from benchmarks.measure import PARTS, SEED, Memory, Parts, clock
 from checkpoints.files import write_atomically
 from cli.messages import plain_words
-from cli.processes import keep_memory, memory_advice, pick_device
+from cli.processes import choose_kernels, keep_memory, memory_advice, pick_device
 from cli.run_folder import make_folder
 
 WAYS = ("ours", "published")
@@ -332,6 +332,7 @@ def main(argv=None, build=networks.build):
     options = parser.parse_args(argv)
     with plain_words("benchmarks.step"):
         device = pick_device(options.device)
+        choose_kernels(deterministic=False, tf32=False)
         make_folder(options.out)
         given = {
             name: getattr(options, name) for name in SMALL if getattr(options, name) is not None

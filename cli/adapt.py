@@ -67,6 +67,8 @@ def prepare(settings, read=read_config):
     if of_miniature(settings) and not settings.clip:
         miniature.check_labels(settings.source, *[settings.target] * asks_for_words(settings))
     processes.choose_kernels(settings.deterministic, settings.tf32)
+    if settings.keep_memory or of_miniature(settings):
+        processes.keep_memory()
     device = processes.pick_device(settings.device)
     check_shares(settings, ipl.ranks()[1])
     keeper = Keeper(folder_of(settings), settings, device, read=read)
@@ -82,8 +84,6 @@ def prepare(settings, read=read_config):
 
 def adapt(settings):
     """Results that are in the folder stay until the new ones are written."""
-    if settings.keep_memory:
-        processes.keep_memory()
     keeper, generator, clips, images, targets = prepare(settings)
     if keeper.finished:
         if ipl.ranks()[0] == 0:

@@ -63,8 +63,6 @@ def make(run):
     out = expand(run.out) or f"runs/air-{run_folder.name_of(run)}"
     clip = tuple(map(expand, run.clip))
     run = replace(run, out=out, generator=expand(run.generator), clip=clip)
-    if run.keep_memory:
-        processes.keep_memory()
     keeper, generator, clips, images, targets = adapt.prepare(run, read)
     if keeper.finished:
         return print(f"{keeper.folder} is a finished run: nothing is left to do")

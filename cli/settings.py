@@ -52,7 +52,8 @@ class Settings(ipl.Config):
     device: str = "auto"  # auto, cpu, cuda or cuda:<n>.
     deterministic: bool = False  # On a GPU, only kernels that repeat their bits, where there are.
     tf32: bool = False  # On a GPU, TensorFloat-32 for what is not in half precision.
-    keep_memory: bool = False  # On a CPU, keep freed memory: faster at 256 pixels or more.
+    # On a CPU, keep freed memory: faster, in a process as large as at its peak. The miniature does.
+    keep_memory: bool = False
 
 
 # The embedded world's networks are small and learn at other rates: its runs start from these.

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 import cli
 import ipl
 from checkpoints import load_generator
-from cli import pictures, processes
+from cli import adapt, pictures, processes
 from cli.settings import GROUPS, MINIATURE, Settings, command_of, parse
 
 WITHOUT_MAPPER = {*"config.json curves.png generator.pt history.jsonl samples.png".split()}
@@ -330,10 +330,12 @@ def test_a_run_in_another_thread_has_no_handlers(tiny, tmp_path):
     same(tmp_path / "run", tiny)
 
 
-def test_memory_is_kept_only_if_asked_for(tmp_path):
+def test_memory_is_kept_if_asked_for_and_by_the_miniature(tmp_path):
     with mock.patch.object(processes, "keep_memory", wraps=processes.keep_memory) as keep:
         done(*WORLD, *NADA, "--out", tmp_path / "a")
         assert not keep.called
         done(*WORLD, *NADA, "--out", tmp_path / "b", "--keep-memory")
         keep.assert_called_once_with()
+        adapt.prepare(replace(MINIATURE, target="anime", method="nada", out=str(tmp_path / "c")))
+        assert keep.call_count == 2
     processes.keep_memory(False)

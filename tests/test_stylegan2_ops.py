@@ -33,7 +33,7 @@ ASYMMETRIC = torch.linspace(-1, 2, 12).square().reshape(3, 4)  # no symmetry hid
 
 def close(actual, expected):
     """Up to rounding in the type of actual, relative to the largest number."""
-    expected, error = expected.detach().double(), ERROR[actual.dtype]
+    expected, error = expected.detach().cpu().double(), ERROR[actual.dtype]
     atol = error * max(expected[expected.isfinite()].abs().tolist(), default=0)
     actual = actual.detach().cpu().double()
     torch.testing.assert_close(actual, expected, rtol=error, atol=atol, equal_nan=True)
