@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.measure import clock
 from benchmarks.networks import config_f
+from cli.processes import choose_kernels
 from stylegan2_ops import bias_act, generator, modulated_conv
 
 
@@ -59,6 +60,7 @@ def main():
     modulated_conv.upfirdn2d = partial(modulated_conv.upfirdn2d, impl=options.impl)
     threads = torch.get_num_threads()
     print(f"{options}, torch {torch.__version__}, {threads} threads")
+    choose_kernels(deterministic=False, tf32=False)
     network(options, options.device)
 
 

@@ -133,7 +133,8 @@ def hardware(device):
     found = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
-        found["tf32"] = torch.backends.cuda.matmul.allow_tf32
+        backends = torch.backends.cuda.matmul, torch.backends.cudnn
+        found["tf32"] = any(x.allow_tf32 for x in backends)
     return found | {"torch": torch.__version__, "seed": SEED}
 
 

@@ -62,6 +62,7 @@ def load_clips(settings, device):
 def prepare(settings, read=read_config):
     """What can refuse a run, before it writes: -> its Keeper, its generator, its CLIPs, its
     pictures, if it is of a diffusion model, and its target pictures, else None. read: as Keeper's.
+    Says how torch and malloc shall work, too.
     """
     check(settings)
     if of_miniature(settings) and not settings.clip:

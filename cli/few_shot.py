@@ -202,6 +202,7 @@ def read_config(folder):
     try:
         found = json.loads((folder / "config.json").read_bytes())
         found.pop("chosen")
+        found = {"freeze": ""} | found  # there are runs older than this setting
         return Settings(**{k: tuple(x) if type(x) is list else x for k, x in found.items()})
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{folder} is no few-shot run; wanted: another --out") from error
@@ -212,6 +213,7 @@ def run(settings):
     paths = {name: expand(getattr(settings, name)) for name in (*PATHS, "out")}
     settings = replace(settings, **paths)
     check(settings)
+    processes.choose_kernels(deterministic=False, tf32=False)
     device = processes.pick_device(settings.device)
     keeper = Keeper(folder_of(settings), settings, device, of_the_result, read_config)
     if keeper.finished:
@@ -222,8 +224,11 @@ def run(settings):
         found = f"--freeze-until {settings.freeze_until}"
         raise ValueError(f"{found} freezes nothing; wanted: at most {G.resolution}")
     shots, names, find_codes = read_shots(settings, G)
-    codes = find_codes() if settings.method == "rssa" and len(shots) > 1 else None
+    codes = None
     with warnings.catch_warnings(action="ignore"):  # they are given below
+        if settings.method == "rssa" and len(shots) > 1:
+            fewshot.check(replace(settings, method="tgan"), G, D, shots)  # codes take minutes
+            codes = find_codes()
         fewshot.check(settings, G, D, shots, codes)
     with processes.memory_advice(keeper.where_memory_ends), keeper:
         rng = torch.Generator().manual_seed(settings.seed)

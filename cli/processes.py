@@ -138,8 +138,8 @@ def keep_memory(keep=True):
 
     It gives large ones back of itself, and the system then clears the pages of the next one: on a
     CPU a step can take half as long again. The price is a process that stays as large as it was at
-    its peak. Without effect where malloc is not glibc's. Runs of the miniature, whose peak is 2 GB,
-    call this, others if asked.
+    its peak. Without effect where malloc is not glibc's. The main command and AIR call this for the
+    miniature, which is small, and for others if asked.
     """
     with contextlib.suppress(AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt

@@ -98,9 +98,9 @@ class Keeper:
                 raise ValueError(f"{self.folder} is a run of {other}; wanted: another --out")
             self.finished, settings = True, self.depends_on(self.read(self.folder))
         if different := [
-            f"{flag(name) if name.isidentifier() else name} {settings[name]}, not {value}"
+            f"{flag(name) if name.isidentifier() else name} {told(begun)}, not {told(value)}"
             for name, value in self.settings.items()
-            if settings.get(name, value) != value
+            if (begun := settings.get(name, value)) != value
         ]:
             raise ValueError(
                 f"{self.folder} was begun with {'; '.join(different)}; wanted: the same settings "
@@ -226,6 +226,11 @@ class Keeper:
     def finish(self):
         """Results are written: nothing is left to go on with."""
         self.path.unlink(missing_ok=True)  # somebody may have been faster
+
+
+def told(value):
+    """A setting, as a command line has it."""
+    return value if value != "" else "''"
 
 
 def light(state):

@@ -52,7 +52,8 @@ class Settings(ipl.Config):
     device: str = "auto"  # auto, cpu, cuda or cuda:<n>.
     deterministic: bool = False  # On a GPU, only kernels that repeat their bits, where there are.
     tf32: bool = False  # On a GPU, TensorFloat-32 for what is not in half precision.
-    # On a CPU, keep freed memory: faster, in a process as large as at its peak. The miniature does.
+    # On a CPU, keep freed memory: faster, in a process as large as at its peak. Runs of the
+    # miniature do so anyway.
     keep_memory: bool = False
 
 

@@ -55,7 +55,7 @@ from checkpoints import load_generator
 from checkpoints.files import write_atomically
 from cli.air import SMALL, Run, true_features
 from cli.messages import plain_words
-from cli.processes import ends_cleanly, pick_device
+from cli.processes import choose_kernels, ends_cleanly, pick_device
 from cli.run_folder import find_generator, read_config
 from cli.settings import MINIATURE, Settings, check
 from miniature import CLIP, GENERATOR, JUDGE, captions, faces
@@ -264,7 +264,7 @@ def table(rows, cfg):
 
 
 def picture(rows, path):
-    """A labelled panel: rows {name: uint8 [5, 3, SIZE, SIZE]} of five persons."""
+    """A labelled panel, .png or .jpg: rows {name: uint8 [5, 3, SIZE, SIZE]} of five persons."""
     side, font = faces.SIZE, ImageFont.load_default(14)
     margin = max(64, 16 + math.ceil(max(map(font.getlength, rows))))
     image = Image.new("RGB", (margin + 5 * side, side * len(rows)), "white")
@@ -273,8 +273,11 @@ def picture(rows, path):
         pen.text((margin - 8, side * j + side // 2), name, "black", font, anchor="rm")
         strip = torch.cat(list(images), dim=-1).permute(1, 2, 0)
         image.paste(Image.fromarray(strip.numpy()), (margin, side * j))
-    for colors in (256, 128, 96, 64, 32):  # as many as 200 KB hold
+    for colors in (256, 128, 96, 64, 32):  # of a .png file, as many as 200 KB hold
         file = io.BytesIO()
+        if path.suffix == ".jpg":
+            image.save(file, "JPEG", quality=85, subsampling=0)
+            break
         image.quantize(colors, kmeans=2).save(file, "PNG", optimize=True)
         if file.tell() <= 200 << 10:
             break
@@ -312,6 +315,7 @@ def read_run(cfg):
 @functools.cache
 def world(n, latents, device):
     """What all runs share, loaded once in each process: generator, CLIP, transform, truth."""
+    choose_kernels(deterministic=False, tf32=False)
     device = pick_device(device)
     generator = load_generator(GENERATOR, device).requires_grad_(False)
     truth = Truth(n, latents, load_judge(device=device), generator)

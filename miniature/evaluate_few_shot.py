@@ -12,7 +12,7 @@ with the shots at hand,
              below 1 it looks like shots more than the domain does
   D shots, D true, D generated   share that the adapted discriminator has right of the shots, of
              true targets that were no shots, and of generated pictures
-  seconds    of one processor, of the few-shot training alone
+  seconds    of one processor, of the few-shot training alone; empty if a GPU took part
 
 `target`, `nearest` and D's shares are taken on the way, too, of the first 64 latents. All few-shot
 runs have the same number of steps, the zero-shot ones those of miniature/evaluate.py. A figure is
@@ -221,7 +221,8 @@ def table(cfg, rows):
     """Markdown of all results."""
     mean = functools.partial(mean_of, rows)
     hours = sum(row["seconds"] for key, row in rows.items() if key[2]) / 3600
-    gpu = " and part of a GPU" * any(row.get("device") == "cuda" for row in rows.values())
+    on_gpu = {key[:3] for key, row in rows.items() if key[2] and row["device"] == "cuda"}
+    gpu = " and part of a GPU" * bool(on_gpu)
     seeds = ", ".join(map(str, cfg.seeds))
     lines = [
         f"{cfg.n} pictures of seed {cfg.latents}, means over seeds {seeds}; few shots have "
@@ -236,14 +237,15 @@ def table(cfg, rows):
             found = [better_from(cfg, mean, target, m, word) for word in cfg.words]
             lines += [f"| {' | '.join([target, m, *found])} |"]
     for target in cfg.targets:
-        panel = file_of(cfg, target, suffix=".png").name
+        panel = file_of(cfg, target, suffix=".jpg").name
         lines += ["", f"### {target}", "", f"![{target}, of a few shots]({panel})", ""]
         lines += [f"| method, shots | {' | '.join(SHOWN)} |", "| --- |" + " --- |" * len(SHOWN)]
         for words, m, k in rows_of(cfg):
             cells = []
+            timed = k and (target, m, k) not in on_gpu  # the seconds of words are of all work
             for name in SHOWN:
                 found, digits = mean(target, m, k, name), 0 if name in ("frechet", "seconds") else 2
-                unknown = found is None or (name == "seconds" and not k)  # of words: of all work
+                unknown = found is None or (name == "seconds" and not timed)
                 cells.append("" if unknown else f"{found:.{digits}f}")
             lines += [f"| {words} | {' | '.join(cells)} |"]
     return "\n".join(lines) + "\n"
@@ -336,7 +338,7 @@ def report(cfg):
             if job[1] in ("nada", "ipl") or job[2:3] == (k,):
                 words = WORDS.get(job[1], f"{job[1]}, {k}")
                 strips[words] = read(file_of(cfg, *job, suffix=".pt"))
-        evaluate.picture(strips | {"truth": kept["truth"]}, file_of(cfg, target, suffix=".png"))
+        evaluate.picture(strips | {"truth": kept["truth"]}, file_of(cfg, target, suffix=".jpg"))
     image = curves(cfg, rows)
     write_atomically(cfg.out / "curves.png", lambda aside: aside.write_bytes(image))
     text = table(cfg, rows)

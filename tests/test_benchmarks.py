@@ -70,7 +70,9 @@ def test_steps_of_the_miniature_with_its_own_preset(tmp_path):
 def test_steps_from_end_to_end(tmp_path, capsys, monkeypatch, flags):
     kept = []
     monkeypatch.setattr(step, "keep_memory", kept.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     step.main([*f"--sizes 32 --repeats 1 --layer-batch 3 --out {tmp_path}".split(), *flags], build)
+    assert not torch.backends.cudnn.allow_tf32
     assert set(kept[::2]) == {True} and set(kept[1::2]) == {bool(flags)}  # ours and theirs in turn
     lines = capsys.readouterr().out.splitlines()
     assert [line[:15] for line in lines[4:6]] == ["32 px, stage 1 ", "32 px, stage 2 "]

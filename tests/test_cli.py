@@ -331,11 +331,14 @@ def test_a_run_in_another_thread_has_no_handlers(tiny, tmp_path):
 
 
 def test_memory_is_kept_if_asked_for_and_by_the_miniature(tmp_path):
-    with mock.patch.object(processes, "keep_memory", wraps=processes.keep_memory) as keep:
+    with mock.patch.object(processes, "keep_memory") as keep:
         done(*WORLD, *NADA, "--out", tmp_path / "a")
         assert not keep.called
         done(*WORLD, *NADA, "--out", tmp_path / "b", "--keep-memory")
         keep.assert_called_once_with()
         adapt.prepare(replace(MINIATURE, target="anime", method="nada", out=str(tmp_path / "c")))
         assert keep.call_count == 2
-    processes.keep_memory(False)
+    try:
+        processes.keep_memory()
+    finally:
+        processes.keep_memory(False)

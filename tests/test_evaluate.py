@@ -93,6 +93,9 @@ def test_pictures_fit_the_docs(tmp_path):
         assert image.size == (64 + 5 * 128, 4 * 128)
         assert image.mode == "P"  # a palette, so that it is small
     assert (tmp_path / "x.png").stat().st_size <= 200 << 10
+    evaluate.picture(rows, tmp_path / "x.jpg")
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert image.format == "JPEG" and image.size == (64 + 5 * 128, 4 * 128)
 
 
 def test_a_longer_stage_2_is_said_and_kept(tmp_path):

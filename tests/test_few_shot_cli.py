@@ -73,6 +73,11 @@ def test_a_run_and_new_samples_of_it(folder):
     with Image.open(run / "samples.png") as picture:  # 3 columns; shots, two generators, nearest
         assert picture.height > 4 * 128 and picture.width > 3 * 128
     assert few_shot.read_config(run).images == str(folder / "mine")
+    old = config(run)
+    assert old.pop("freeze") == "noise"
+    (folder / "old").mkdir()
+    (folder / "old/config.json").write_text(json.dumps(old))
+    assert few_shot.read_config(folder / "old").freeze == ""  # there was no such setting
     assert load_generator(run / "generator.pt").resolution == 32
     done("sample", "--run", run, "--n", "2", "--out", "more.png")
     assert (folder / "more.png").exists()
@@ -142,11 +147,13 @@ def test_published_numbers_are_the_start():
     """What is given beside them counts."""
     default = few_shot.command(["few-shot", "--published"]).__defaults__[0]
     assert default.steps == PUBLISHED.steps and default.mixing == 0.9 and default.method == "cdc"
+    assert (default.lr, default.freeze, default.ewc) == (0.002, "", 5e8)
     assert few_shot.command(["few-shot"]).__defaults__[0] == Settings()
 
 
 @pytest.mark.parametrize("words, line", [
     ("--images mine --shots 6", "--images mine: 5 pictures, not 6; wanted: --shots 5 or less"),
+    ("--images mine --method rssa --freeze x", "--freeze 'x' must fit some of what learns in G"),
     ("--images empty", "--images empty: 0 pictures, not 3; wanted: a folder with some of .bmp"),
     ("--images nowhere", "--images nowhere: no such folder"),
     ("--images broken", "cannot read broken/0.png"),

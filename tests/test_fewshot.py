@@ -112,13 +112,20 @@ def test_with_weight_0_each_is_plain_fine_tuning(networks, shots, plain, method)
     assert [row["loss"] for row in history] == [row["loss"] for row in plain[1]]
 
 
+@pytest.mark.parametrize("method", ["tgan", "ewc"])
 @pytest.mark.parametrize("freeze", ["noise", ""])
-def test_what_of_the_generator_learns(networks, shots, freeze):
+def test_what_of_the_generator_learns(networks, shots, freeze, method):
     """All but the mapping, and what `freeze` names."""
-    G = run(networks, shots, method="tgan", freeze=freeze)[2]["G"]
+    G = run(networks, shots, method=method, freeze=freeze)[2]["G"]
     for (name, before), after in zip(networks[0].named_parameters(), G.parameters(), strict=True):
         rests = name.startswith("style.") or (freeze != "" and freeze in name)
         assert torch.equal(before, after) == rests, name
+
+
+def test_classes_rest_with_the_mapping():
+    G = Generator(8, {4: 4, 8: 3}, w_dim=3, n_mlp=1, c_dim=2)
+    of_mapping = {p for name, p in G.named_parameters() if name.startswith(("style.", "embed."))}
+    assert len(of_mapping) == 4 and of_mapping.isdisjoint(fewshot.learning(G, ""))
 
 
 @pytest.mark.parametrize("method", PLAIN)
@@ -589,8 +596,8 @@ def test_refused_settings(networks, shots):
         run(networks, shots, method="tgan", batch=6)
     with pytest.raises(ValueError, match="rssa draws all codes to the shots', and there is one"):
         run(networks, shots[:1], method="rssa")
-    for freeze in ("nois3", "."):
-        words = "fits none of G's parameters, or all; wanted: 'noise', or ''"
+    for freeze in ("nois3", "style", "."):
+        words = f"freeze='{freeze}' must fit some of what learns in G, not all"
         with pytest.raises(ValueError, match=words):
             run(networks, shots, method="tgan", freeze=freeze)
     with pytest.raises(ValueError, match=r"wanted: codes \[5, 6, 6\]"):

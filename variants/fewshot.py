@@ -2,7 +2,7 @@
 
 It differs from ipl.py in: 1. no CLIP and no direction: StyleGAN2's training goes on, whose
 discriminator D learns to tell shots from images of G, and G to deceive it; 2. G learns all over;
-3. what each method adds to that (its paper, and the defaults, as published):
+3. what each method adds to that (its paper; weights as published but for ewc's):
 
     tgan     nothing: fine-tuning of both networks (1805.01677, as all later papers have it)
     freezed  nothing; D's first layers do not learn (FreezeD, 2002.10964)
@@ -17,8 +17,7 @@ Axes: B batch, k shots, R side, W = num_ws, S side of a map, C channels.
 Where it departs from the published codes (CDC's, which RSSA's is made from; FreezeD's; DAG's)
  1. A batch has no shot twice while there are others. There, shuffled lists are cut into batches: of
     10 shots 8 are seen in a round, of fewer than 4 none [CDC train.py:63-66,591-596].
- 2. With fewer shots than B, D's channel of the spread of a batch would give copies away: it then is
-    of single pictures (`stddev_group` 1), of shots and of images of G.
+ 2. With fewer shots than B, the spread of a batch would tell copies: `stddev_group` is 1 for all.
  3. Layers are chosen by position and receptive field. There patches are judged where 16 or 32 px
     have 512 channels [CDC model.py:757-766], and RSSA's sides are numbers: here parts of R of 256.
  4. cdc: one head of patches; of the four there one is used (highp 1). As there its logits pass a
@@ -28,9 +27,9 @@ Where it departs from the published codes (CDC's, which RSSA's is made from; Fre
  6. freezed, cr: on this base. There R1 in each step, no length of paths, the best FID kept
     (FreezeD); hinge loss, spectral norm (CR). `cr_fake` is bCR's (2002.04724).
  7. dag: R1 of the main head alone. `dag_all` off, ours, draws one transform a policy and step.
- 8. rssa: the length of paths is of codes that are not compressed. ewc: no code is public.
+ 8. rssa: the length of paths is of codes not compressed. ewc: no code is public; lambda is ours.
  9. G's mapping rests, so that w means the same to both; there it learns at 1/100 of the rate. With
-    `freeze`, noise strengths rest, too: the miniature's D, which has met no grain, lets it grow.
+    `freeze`, noise strengths rest, too: the miniature's D hardly minds grain, and lets it grow.
 """
 
 import copy
@@ -60,7 +59,7 @@ class Config:
     batch: int = 4  # Images per step, and compared in cdc and rssa.
     lr: float = 0.001  # Learning rate, before StyleGAN2's correction for lazy regularisers.
     ema: float = 0.99  # Decay of the moving average of G, which is the result.
-    freeze: str = "noise"  # Parameters of G with this in their name do not learn; "": all do.
+    freeze: str = "noise"  # Parameters of G with this in their name rest, as the mapping does.
     mixing: float = 0.0  # Probability that the codes of a batch are mixed of two.
     flip: float = 0.0  # Probability that a shot is mirrored.
     r1: float = 0.8  # Weight of R1, of D's slope at shots; 0.0002 R^2 / batch is ADA's rule.
@@ -86,7 +85,7 @@ class Config:
     cross_every: int = 6  # rssa: steps from one L_cross to the next.
     # rssa: how far codes go to the span of the shots', of layers of R, R / 2 ... pixels; then 0.
     compression: tuple[float, ...] = (0.85, 0.65, 0.45, 0.05, 0.05)
-    ewc: float = 5e5  # ewc: lambda.
+    ewc: float = 5e5  # ewc: lambda; the published 5e8 lets so small a network not move.
     ewc_draws: int = 200  # ewc: images of which F is the mean.
 
 
@@ -110,7 +109,7 @@ def check(cfg, generator, discriminator, shots, codes=None):
         (cfg.batch < {"cdc": 3, "rssa": 2}.get(cfg.method, 1),
          f"{cfg.method} compares the images of a batch, and batch={cfg.batch}; wanted: batch=4"),
         (cfg.freeze and len(learning(generator, cfg.freeze)) in (0, len(learning(generator, ""))),
-         f"freeze={cfg.freeze!r} fits none of G's parameters, or all; wanted: 'noise', or ''"),
+         f"freeze={cfg.freeze!r} must fit some of what learns in G, not all; wanted: 'noise', ''"),
         (rssa and k < 2, "rssa draws all codes to the shots', and there is one; wanted: two shots"),
         (rssa and getattr(codes, "shape", 0) != of_codes, f"rssa; wanted: codes {list(of_codes)}"),
     ):  # fmt: skip
@@ -133,8 +132,8 @@ def lazy_adam(parameters, lr, every):
 
 def learning(G, freeze):
     """The parameters of G that learn (departure 9)."""
-    rests = "style.", freeze or "style."
-    return [p for name, p in G.named_parameters() if not any(x in name for x in rests)]
+    named, mapping = G.named_parameters(), ("style.", "embed.")
+    return [p for n, p in named if not (n.startswith(mapping) or (freeze and freeze in n))]
 
 
 def take_step(adam, loss, parameters):
@@ -367,7 +366,8 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
     for policy in cfg.dag_policies if method == "dag" else ():
         extras[policy] = nn.ModuleList(copy.deepcopy(D.final_linear[1]) for _ in transforms(policy))
     extras.to(device)
-    compress = method == "rssa" and compressor(codes.to(device), G.resolution, cfg.compression)
+    if method == "rssa":
+        compress = compressor(codes.to(device), G.resolution, cfg.compression)
     frozen = frozen_names(D, cfg.freeze_until) if method == "freezed" else ()
     learn_d = [p for name, p in D.named_parameters() if name not in frozen] + [*extras.parameters()]
     learn_g, start = (learning(network, cfg.freeze) for network in (G, source))
@@ -382,7 +382,7 @@ def adapt(cfg, generator, discriminator, shots, *, rng, codes=None, steps=ipl.pr
             w = G.mapping(z)[:, None].expand(-1, G.num_ws, -1)
         else:
             w = mixed_codes(G, cfg.batch, cfg.mixing, rng)
-        return G.synthesis(compress(w) if compress else w, rng=noise)
+        return G.synthesis(compress(w) if method == "rssa" else w, rng=noise)
     def compared(noises=(None, None), compress=None):  # maps of source and G, of the same new z
         z, maps = torch.randn(cfg.batch, G.z_dim, generator=own).to(device), []
         for network, noise in zip((source, G), noises, strict=True):

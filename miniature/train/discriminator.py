@@ -12,7 +12,7 @@ light has a side; 4. no running average of the copy; 5. real and generated pictu
 of the same persons, so that what differs between persons cancels in the gradient; 6. at first the
 codes of generated pictures stray, less and less: the generator's photos are so close to rendered
 ones that a fresh discriminator sees no difference, and R1 alone would flatten it; 7. for the same
-reason gamma is by the rule of StyleGAN2-ADA, 0.0002 R^2 / batch, and not 10.
+reason gamma is by the rule of StyleGAN2-ADA, 0.0002 R^2 / batch, of the default batch, and not 10.
 """
 
 import copy
