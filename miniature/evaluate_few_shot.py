@@ -46,7 +46,7 @@ from variants import fewshot
 
 FEW = ("tgan", "freezed", "cr", "cdc", "dag", "rssa", "ewc")
 WORDS = {"nada": "NADA", "ipl": "IPL", "air": "AIR", "air-ipl": "AIR on IPL"}
-SHOWN = ["target", "attributes", "identity", "diversity", "clusters", "nearest", "frechet"]
+SHOWN = "target attributes identity diversity clusters nearest structure frechet".split()
 SHOWN += ["D shots", "D true", "D generated", "seconds"]
 ON_THE_WAY = "target", "nearest", "D shots", "D true", "D generated"
 
@@ -273,11 +273,11 @@ def curves(cfg, rows):
             axes.set_xscale("log")
             axes.set_xticks(cfg.shots, cfg.shots)
             axes.minorticks_off()
-            if line is grid[0]:
-                axes.set_title(target)
-            if line is grid[-1]:
-                axes.set_xlabel("shots")
         line[0].set_ylabel(words)
+    for axes, target in zip(grid[0], cfg.targets, strict=True):
+        axes.set_title(target)
+    for axes in grid[-1]:
+        axes.set_xlabel("shots")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     columns = 2 * len(cfg.targets)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
