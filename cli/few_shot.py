@@ -224,12 +224,10 @@ def run(settings):
         found = f"--freeze-until {settings.freeze_until}"
         raise ValueError(f"{found} freezes nothing; wanted: at most {G.resolution}")
     shots, names, find_codes = read_shots(settings, G)
-    codes = None
+    of_codes = torch.empty(len(shots), G.num_ws, G.w_dim)  # what rssa's are like; they take minutes
     with warnings.catch_warnings(action="ignore"):  # they are given below
-        if settings.method == "rssa" and len(shots) > 1:
-            fewshot.check(replace(settings, method="tgan"), G, D, shots)  # codes take minutes
-            codes = find_codes()
-        fewshot.check(settings, G, D, shots, codes)
+        fewshot.check(settings, G, D, shots, of_codes)
+    codes = find_codes() if settings.method == "rssa" else None
     with processes.memory_advice(keeper.where_memory_ends), keeper:
         rng = torch.Generator().manual_seed(settings.seed)
         adapted, history, _ = fewshot.adapt(

@@ -273,14 +273,15 @@ def picture(rows, path):
         pen.text((margin - 8, side * j + side // 2), name, "black", font, anchor="rm")
         strip = torch.cat(list(images), dim=-1).permute(1, 2, 0)
         image.paste(Image.fromarray(strip.numpy()), (margin, side * j))
-    for colors in (256, 128, 96, 64, 32):  # of a .png file, as many as 200 KB hold
-        file = io.BytesIO()
-        if path.suffix == ".jpg":
-            image.save(file, "JPEG", quality=85, subsampling=0)
-            break
-        image.quantize(colors, kmeans=2).save(file, "PNG", optimize=True)
-        if file.tell() <= 200 << 10:
-            break
+    file = io.BytesIO()
+    if path.suffix == ".jpg":
+        image.save(file, "JPEG", quality=85, subsampling=0)
+    else:
+        for colors in (256, 128, 96, 64, 32):  # as many as 200 KB hold
+            file = io.BytesIO()
+            image.quantize(colors, kmeans=2).save(file, "PNG", optimize=True)
+            if file.tell() <= 200 << 10:
+                break
     write_atomically(path, lambda aside: aside.write_bytes(file.getvalue()))
 
 

@@ -338,7 +338,5 @@ def test_memory_is_kept_if_asked_for_and_by_the_miniature(tmp_path):
         keep.assert_called_once_with()
         adapt.prepare(replace(MINIATURE, target="anime", method="nada", out=str(tmp_path / "c")))
         assert keep.call_count == 2
-    try:
-        processes.keep_memory()
-    finally:
-        processes.keep_memory(False)
+    processes.keep_memory()  # there may be no glibc
+    processes.keep_memory(False)

@@ -153,6 +153,7 @@ def test_published_numbers_are_the_start():
 
 @pytest.mark.parametrize("words, line", [
     ("--images mine --shots 6", "--images mine: 5 pictures, not 6; wanted: --shots 5 or less"),
+    ("--images mine --method rssa --batch 1", "rssa compares the images of a batch, and --batch 1"),
     ("--images mine --method rssa --freeze x", "--freeze 'x' must fit some of what learns in G"),
     ("--images empty", "--images empty: 0 pictures, not 3; wanted: a folder with some of .bmp"),
     ("--images nowhere", "--images nowhere: no such folder"),
