@@ -12,13 +12,14 @@ with the shots at hand,
              below 1 it looks like shots more than the domain does
   D shots, D true, D generated   share that the adapted discriminator has right of the shots, of
              true targets that were no shots, and of generated pictures
-  seconds    of one processor, of the few-shot training alone; empty if a GPU took part
 
-`target`, `nearest` and D's shares are taken on the way, too, of the first 64 latents. All few-shot
-runs have the same number of steps, the zero-shot ones those of miniature/evaluate.py. A figure is
-the mean over the seeds; those of each seed are in the JSON file. Whatever is finished is kept in
-the folder of --out, and the same command goes on where it was; with fewer targets, shots or seeds
-it writes the tables of those.
+D has right what it gives a logit above (shots, truth) or below 0 (generated); where its zero lies
+is chance. rssa's pictures are of codes near the shots', as in its training. `target`, `nearest` and
+D's shares are taken on the way, too, of the first 64 latents. All few-shot runs have the same
+number of steps, the zero-shot ones those of miniature/evaluate.py. A figure is the mean over the
+seeds; those of each seed are in the JSON file, with the device and the seconds of one processor
+that the training took. Whatever is finished is kept in the folder of --out, and the same command
+goes on where it was; with fewer targets, shots or seeds it writes the tables of those.
 """
 
 import copy
@@ -47,7 +48,7 @@ from variants import fewshot
 FEW = ("tgan", "freezed", "cr", "cdc", "dag", "rssa", "ewc")
 WORDS = {"nada": "NADA", "ipl": "IPL", "air": "AIR", "air-ipl": "AIR on IPL"}
 SHOWN = "target attributes identity diversity clusters nearest structure frechet".split()
-SHOWN += ["D shots", "D true", "D generated", "seconds"]
+SHOWN += ["D shots", "D true", "D generated"]
 ON_THE_WAY = "target", "nearest", "D shots", "D true", "D generated"
 
 
@@ -167,9 +168,7 @@ def run(cfg, target, method, k, seed):
             yield step
 
     rng, D = torch.Generator().manual_seed(seed), source_discriminator(device)
-    _, _, state = fewshot.adapt(
-        settings, generator, D, shots, rng=rng, codes=codes, steps=watch
-    )
+    _, _, state = fewshot.adapt(settings, generator, D, shots, rng=rng, codes=codes, steps=watch)
     seconds += time.process_time()
     row, images = look(state, truth)
     moments.append({"step": cfg.preset.steps} | {name: row[name] for name in ON_THE_WAY})
@@ -221,8 +220,7 @@ def table(cfg, rows):
     """Markdown of all results."""
     mean = functools.partial(mean_of, rows)
     hours = sum(row["seconds"] for key, row in rows.items() if key[2]) / 3600
-    on_gpu = {key[:3] for key, row in rows.items() if key[2] and row["device"] == "cuda"}
-    gpu = " and part of a GPU" * bool(on_gpu)
+    gpu = " and part of a GPU" * any(row.get("device") == "cuda" for row in rows.values())
     seeds = ", ".join(map(str, cfg.seeds))
     lines = [
         f"{cfg.n} pictures of seed {cfg.latents}, means over seeds {seeds}; few shots have "
@@ -241,12 +239,10 @@ def table(cfg, rows):
         lines += ["", f"### {target}", "", f"![{target}, of a few shots]({panel})", ""]
         lines += [f"| method, shots | {' | '.join(SHOWN)} |", "| --- |" + " --- |" * len(SHOWN)]
         for words, m, k in rows_of(cfg):
-            cells = []
-            timed = k and (target, m, k) not in on_gpu  # the seconds of words are of all work
-            for name in SHOWN:
-                found, digits = mean(target, m, k, name), 0 if name in ("frechet", "seconds") else 2
-                unknown = found is None or (name == "seconds" and not timed)
-                cells.append("" if unknown else f"{found:.{digits}f}")
+            found = [(name, mean(target, m, k, name)) for name in SHOWN]
+            cells = [
+                "" if x is None else f"{x:.{0 if name == 'frechet' else 2}f}" for name, x in found
+            ]
             lines += [f"| {words} | {' | '.join(cells)} |"]
     return "\n".join(lines) + "\n"
 
@@ -344,7 +340,7 @@ def report(cfg):
     text = table(cfg, rows)
     write_atomically(cfg.out / "table.md", lambda aside: aside.write_text(text))
     key = "domain", "method", "shots", "seed"
-    names = {*SHOWN, "moments", "anchors"}
+    names = {*SHOWN, "moments", "anchors", "seconds", "device"}
     flat = [dict(zip(key, k, strict=True)) | {name: x for name, x in row.items() if name in names}
             for k, row in rows.items()]  # fmt: skip
     evaluate.write_json(cfg.out / "table.json", flat)
