@@ -255,7 +255,7 @@ def curves(cfg, rows):
     names = {"frechet": "Fréchet distance", "target": "judged the target"}
     names |= {"identity": "same person", "diversity": "diversity"}
     size = 2.9 * len(cfg.targets), 2.0 * len(names) + 0.6
-    figure = Figure(figsize=size, dpi=95, layout="constrained")
+    figure = Figure(figsize=size, dpi=88, layout="constrained")
     grid = figure.subplots(len(names), len(cfg.targets), squeeze=False, sharex=True)
     for line, (name, words) in zip(grid, names.items(), strict=True):
         for axes, target in zip(line, cfg.targets, strict=True):
