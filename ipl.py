@@ -278,9 +278,7 @@ def image_encoder(clip_model, transform, cfg=None):
 class LatentMapper(nn.Module):
     """F of equation (1), w -> P, in the shape of StyleGAN's mapping network: pixel norm, then four
     linear layers with equalised learning rate (multiplier 0.01), each followed by leaky ReLU (slope
-    0.2, gain sqrt(2)) - the last one too, as published. To save one, and to load it again:
-        torch.save(mapper.state_dict(), "mapper.pt")
-        mapper.load_state_dict(torch.load("mapper.pt", weights_only=True))
+    0.2, gain sqrt(2)) - the last one too, as published.
     """
 
     lr_mul = 0.01
