@@ -179,8 +179,8 @@ def test_published_defaults():
     expected = dict(
         n_ctx=4, ctx_init="a photo of a", residual="published", lambda_domain=1, lambda_source=0,
         lambda_image=0, bank=0, mappers=1, lr_mapper=0.05, batch_mapper=32, steps_mapper=300,
-        lr=0.002, batch=2, steps=300, ema=0.99, layer_batch=8, layer_lr=0.01, num_layers=None, eps=0,
-        noise="fresh", crop=0,
+        lr=0.002, batch=2, steps=300, ema=0.99, layer_batch=8, layer_lr=0.01, num_layers=None,
+        eps=0, noise="fresh", crop=0,
         layers="adaptive", freeze="", truncation_psi=0.7, autocast="none",
     )  # fmt: skip
     assert {name: getattr(Settings(), name) for name in expected} == expected
