@@ -48,7 +48,6 @@ Where it departs, or can, from the published code ("there"; its file:line in bra
 11. `bank`, ours and off by default: stage 1 chooses its batches from so many images, encoded once,
     and each prompt must find its own image among all of them, not only in its batch.
 12. `lambda_image`, ours and 0 by default: a pull of each source prompt onto its own image.
-13. `mappers`, ours and 1 by default: so many F, whose directions are averaged for each image.
 """
 
 import contextlib
@@ -81,7 +80,6 @@ class Config:
     n_ctx: int = 4  # Prompts: number of learned vectors, m; deviation 6 of ipl.py.
     ctx_init: str = "a photo of a"  # Prompts: the fixed text of residual prompts.
     residual: Literal["published", "label", "none"] = "published"  # Prompts: deviation 1 of ipl.py.
-    mappers: int = 1  # Stage 1: mappers side by side; deviation 13 of ipl.py.
     lr_mapper: float = 0.05  # Stage 1: Adam's learning rate.
     batch_mapper: int = 32  # Stage 1: images per step.
     steps_mapper: int = 300  # Stage 1: number of steps.
@@ -278,7 +276,9 @@ def image_encoder(clip_model, transform, cfg=None):
 class LatentMapper(nn.Module):
     """F of equation (1), w -> P, in the shape of StyleGAN's mapping network: pixel norm, then four
     linear layers with equalised learning rate (multiplier 0.01), each followed by leaky ReLU (slope
-    0.2, gain sqrt(2)) - the last one too, as published.
+    0.2, gain sqrt(2)) - the last one too, as published. To save one, and to load it again:
+        torch.save(mapper.state_dict(), "mapper.pt")
+        mapper.load_state_dict(torch.load("mapper.pt", weights_only=True))
     """
 
     lr_mul = 0.01
@@ -302,13 +302,6 @@ class LatentMapper(nn.Module):
             x = F.linear(x, weight * scale, bias * self.lr_mul)
             x = F.leaky_relu(x, 0.2) * math.sqrt(2)
         return x.unflatten(-1, (self.n_ctx, self.ctx_dim))
-
-
-class LatentMappers(nn.ModuleList):
-    """K of them (deviation 13): w [B, w_dim] -> ctx [K B, n_ctx, ctx_dim]."""
-
-    def forward(self, w):
-        return torch.cat([mapper(w) for mapper in self])
 
 
 # -- 4. Prompts ------------------------------------------------------------------------------------
@@ -399,7 +392,7 @@ def residual_features(cfg, clip_model, stage):
 
 
 def prompt_features(cfg, clip_model, mapper, stage):
-    """A function of w [B, w_dim] -> features [K B, e] of source and of target prompts."""
+    """A function of w [B, w_dim] -> the features [B, e] of source and of target prompts."""
     residual_source, residual_target = residual_features(cfg, clip_model, stage)
 
     def features_of(w):
@@ -563,9 +556,7 @@ def train_mapper(
     check_generator(generator)
     if mapper is None:
         width, ctx = getattr(generator, "code_dim", generator.w_dim), clip_model.token_embedding
-        sizes = width, cfg.n_ctx, ctx.embedding_dim, rng
-        several = LatentMappers(LatentMapper(*sizes) for _ in range(cfg.mappers))
-        mapper = (several if cfg.mappers > 1 else several[0]).to(generator.w_avg.device)
+        mapper = LatentMapper(width, cfg.n_ctx, ctx.embedding_dim, rng).to(generator.w_avg.device)
     draw, noise_of = random_inputs(cfg, generator, rng, draw_z)
     E_I = image_encoder(clip_model, transform, cfg)
     with torch.no_grad():  # constants are encoded once
@@ -598,10 +589,7 @@ def train_mapper(
             w, image_features = encode(draw(cfg.batch_mapper), noise_of(step))
             image_features = gather(image_features)
         t_source, t_target = map(gather, features_of(w))
-        t_source = t_source.unflatten(0, (ranks()[1], -1, len(w))).transpose(0, 1).flatten(1, 2)
-        more = logit_scale, bank, index  # t_source [K, B, e], of K mappers
-        parts = [contrastive_loss(image_features, t, *more) for t in t_source]
-        contrastive = torch.stack(parts).mean()
+        contrastive = contrastive_loss(image_features, t_source, logit_scale, bank, index)
         domain = domain_loss(t_target, label_target)
         domain_source = domain_loss(t_source, label_source)
         loss = contrastive + cfg.lambda_domain * (domain + cfg.lambda_source * domain_source)
@@ -612,8 +600,7 @@ def train_mapper(
         sum_over_processes(gradients)
         history.append(finite_row(
             "wanted: a smaller lr_mapper", stage=1, step=step, loss=loss, contrastive=contrastive,
-            domain=domain, domain_source=domain_source,
-            accuracy=accuracy(image_features, t_source.mean(0)),
+            domain=domain, domain_source=domain_source, accuracy=accuracy(image_features, t_source),
             grad_norm=nn.utils.get_total_norm(gradients),
         ))  # fmt: skip
         optimizer.step()
@@ -626,11 +613,9 @@ def train_mapper(
 # -- 10. Stage 2: a copy of the generator learns ---------------------------------------------------
 # A direction is a function (w, z, x_source) -> delta_text [B, e], of latents and source images.
 def prompt_directions(cfg, clip_model, mapper):
-    """IPL's direction, from each image's source prompt to its target prompt; the mappers' mean."""
+    """IPL's direction, from each image's source prompt to its target prompt."""
     features_of = prompt_features(cfg, clip_model, mapper, stage=2)
-    return torch.no_grad()(lambda w, z=None, x_source=None: (
-        feature_delta(*features_of(w)).unflatten(0, (-1, len(w))).mean(0)
-    ))  # fmt: skip
+    return torch.no_grad()(lambda w, z=None, x_source=None: feature_delta(*features_of(w)))
 
 
 def label_direction(cfg, clip_model):

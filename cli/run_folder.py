@@ -2,8 +2,7 @@
 
 checkpoint.pt        while the run is unfinished: what it needs to go on, of both stages
 config.json          the Settings, with absolute paths
-mapper.safetensors   the mapper; with several CLIPs, or mappers, all of them, under 0., 1., ...;
-                     with both, the CLIP's number comes first
+mapper.safetensors   the mapper; with several CLIPs all of them, under 0., 1., ...
 generator.pt         the adapted generator, in rosinality's layout; generator.safetensors if it
                      does not fit (classes, another architecture, a diffusion model)
 history.jsonl        a line for each step

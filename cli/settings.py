@@ -81,8 +81,8 @@ GROUPS = {  # of --help
     "what": "source target method generator class_index clip clip_weights",
     "where": "out overwrite resume save_every seed samples truncation_psi",
     "image_targets": "target_images image_weight",
-    "stage_1": "n_ctx ctx_init residual mappers lr_mapper batch_mapper steps_mapper bank "
-    "lambda_domain lambda_source lambda_image",
+    "stage_1": "n_ctx ctx_init residual lr_mapper batch_mapper steps_mapper bank lambda_domain "
+    "lambda_source lambda_image",
     "stage_2": "lr batch steps ema eps noise crop freeze betas plain_adam growth log_loss",
     "layer_choice": "layers num_layers layer_batch layer_lr layer_every",
     "diffusion_models": "images side t0 inversion_steps synthesis_steps picture_steps "

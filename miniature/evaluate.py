@@ -66,7 +66,7 @@ from variants import air
 
 USUAL = ("nada", "ipl", "published", "mean", "own", "caption")
 METHODS = (*USUAL, "pixels", "air", "air-ipl")
-OF_THE_PAPER = "residual mappers lambda_domain lambda_source lambda_image steps_mapper bank".split()
+OF_THE_PAPER = "residual lambda_domain lambda_source lambda_image steps_mapper bank".split()
 PUBLISHED = {name: getattr(ipl.Config(), name) for name in OF_THE_PAPER}
 PERSONAL = ("monster", "fairy tale")
 LONG = dict(steps=300)

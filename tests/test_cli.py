@@ -119,15 +119,14 @@ def test_paths(tmp_path, monkeypatch):
 
 def test_a_pickle_of_nvidia_and_several_clips_through_both_stages(tmp_path):
     out, source, clips = tmp_path / "run", GOLDEN / "nvidia_tiny.pkl", two_clips(tmp_path)
-    done("--generator", source, *SHORT, *clips, "--mappers", "2", "--out", out)
+    done("--generator", source, *SHORT, *clips, "--out", out)
     source, adapted = load_generator(source), load_generator(out / "generator.pt")
     pairs = zip(source.parameters(), adapted.parameters(), strict=True)
     assert any(not torch.equal(p, q) for p, q in pairs)
     found = [(row["stage"], row["step"], row.get("clip")) for row in history_of(out)]
     assert found == [(1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1), (2, 0, None), (2, 1, None)]
     assert json.loads((out / "config.json").read_text())["clip"] == clips[1:3]
-    several = (ipl.LatentMappers(ipl.LatentMapper(32, 4, 64) for _ in range(2)) for _ in range(2))
-    mappers = torch.nn.ModuleList(several)
+    mappers = torch.nn.ModuleList([ipl.LatentMapper(32, 4, 64), ipl.LatentMapper(32, 4, 64)])
     mappers.load_state_dict(load_file(out / "mapper.safetensors"))
 
 
@@ -178,9 +177,9 @@ def test_convert_and_inspect(tmp_path):
 def test_published_defaults():
     expected = dict(
         n_ctx=4, ctx_init="a photo of a", residual="published", lambda_domain=1, lambda_source=0,
-        lambda_image=0, bank=0, mappers=1, lr_mapper=0.05, batch_mapper=32, steps_mapper=300,
-        lr=0.002, batch=2, steps=300, ema=0.99, layer_batch=8, layer_lr=0.01, num_layers=None,
-        eps=0, noise="fresh", crop=0,
+        lambda_image=0, bank=0, lr_mapper=0.05, batch_mapper=32, steps_mapper=300, lr=0.002,
+        batch=2, steps=300, ema=0.99, layer_batch=8, layer_lr=0.01, num_layers=None, eps=0,
+        noise="fresh", crop=0,
         layers="adaptive", freeze="", truncation_psi=0.7, autocast="none",
     )  # fmt: skip
     assert {name: getattr(Settings(), name) for name in expected} == expected

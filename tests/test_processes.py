@@ -35,16 +35,14 @@ def torchrun(number, *words, **more):
 # The worker: one step of both stages -> losses, chosen layers, gradients
 
 
-def one_step(method, layers, bank=0, mappers=1):
+def one_step(method, layers, bank=0):
     cfg = ipl.Config(
         noise="fixed", eps=0.1, crop=0.2, batch=4, batch_mapper=8, layer_batch=8, steps=1,
         steps_mapper=1, num_layers=3, lambda_source=0.5, layers=layers, bank=bank,
-        lambda_image=0.5,
     )  # fmt: skip
     rng = torch.Generator().manual_seed(0)
     generator, pair = load_generator(WORLD[1]), ipl.load_clip(WORLD[3])
-    mapper = ipl.LatentMappers(ipl.LatentMapper(32, 4, 64, rng) for _ in range(mappers))
-    mapper = mapper if mappers > 1 else mapper[0]
+    mapper = ipl.LatentMapper(32, 4, 64, rng)
     _, history = ipl.train_mapper(cfg, generator, *pair, rng=rng, mapper=mapper)
     gradients = {f"mapper.{name}": p.grad for name, p in mapper.named_parameters()}
     direction = ipl.label_direction(cfg, pair[0])
@@ -56,7 +54,7 @@ def one_step(method, layers, bank=0, mappers=1):
     return history + rows, gradients
 
 
-CASES = [("ipl", "adaptive"), ("nada", "all"), ("ipl", "all", 16, 2)]
+CASES = [("ipl", "adaptive"), ("nada", "all"), ("ipl", "all", 16)]
 
 if __name__ == "__main__":
     torch.manual_seed(int(os.environ["RANK"]))  # what ranks share comes from their arguments alone

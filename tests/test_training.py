@@ -85,25 +85,6 @@ def test_stage1_trajectory(golden, clip_pair, source, mapper):
         close(after - before, expected - before, rtol=1e-2, scale=1e-3)
 
 
-def test_mappers_side_by_side(clip_pair, source):
-    """Each learns as it would alone, from the same images; a direction is the mean of theirs."""
-    cfg = replace(PUBLISHED, steps_mapper=3, bank=40, lambda_image=0.5)
-    several = ipl.LatentMappers(ipl.LatentMapper(32, 4, 64, rng(i)) for i in range(2))
-    alone = copy.deepcopy([*several])
-    _, history = ipl.train_mapper(cfg, source, *clip_pair, rng=rng(), mapper=several)
-    rows = [ipl.train_mapper(cfg, source, *clip_pair, rng=rng(), mapper=m)[1] for m in alone]
-    for name in ("loss", "contrastive", "domain", "domain_source"):
-        for row, *each in zip(history, *rows, strict=True):
-            close(row[name], sum(x[name] for x in each) / 2)
-    for i, one in enumerate(alone):
-        start = ipl.LatentMapper(32, 4, 64, rng(i))
-        for p, q, expected in zip(*(m.parameters() for m in (start, several[i], one)), strict=True):
-            assert (q - expected).norm() < 0.01 * (expected - p).norm()
-    w = source.mapping(torch.randn(3, 32, generator=rng()))
-    mean, *each = (ipl.prompt_directions(cfg, clip_pair[0], m)(w) for m in (several, *several))
-    close(mean, sum(each) / 2)
-
-
 def test_stage2_trajectory(golden, clip_pair, source, target, mapper):
     g = golden["stage2_trajectory"]
     start = copy.deepcopy(target)
