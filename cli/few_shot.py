@@ -93,7 +93,8 @@ def check(settings):
             if not holds(value := getattr(settings, name)):
                 raise ValueError(f"{flag(name)} must be {wanted}, not {value}")
     if (settings.images is None) == (settings.target is None):
-        found = "both --images and --target" if settings.images else "what is the target?"
+        found = "both --images and" if settings.images else "neither --images nor"
+        found += " --target"
         raise ValueError(f"{found}; wanted: --images FOLDER, or --target anime")
     if settings.target is not None:
         if settings.generator is not None:
@@ -133,7 +134,8 @@ def choose(settings):
     """The files of a folder that the seed chooses, by their names."""
     folder = Path(settings.images)
     if not folder.is_dir():
-        raise ValueError(f"--images {folder}: no such folder; wanted: one with pictures")
+        found = "a file" if folder.exists() else "no such folder"
+        raise ValueError(f"--images {folder}: {found}; wanted: a folder with pictures")
     there = picture_paths(folder)
     if len(there) < settings.shots:
         kinds, n = ", ".join(sorted(SUFFIXES)), len(there)
@@ -189,10 +191,12 @@ def full_paths(settings):
 
 
 def of_the_result(settings):
-    """What a run's result depends on: settings by their names, and its files' content."""
+    """What a run's result depends on: settings by their names, and its files' content; of a folder
+    of pictures, of those that are chosen."""
+    there = settings.images and Path(settings.images).is_dir()
+    shots = [path.resolve() for path in choose(settings)] if there else []
     settings = full_paths(settings)
-    files = [settings.generator or miniature.GENERATOR, discriminator_path(settings)]
-    files += [settings.images] * (settings.images is not None)
+    files = [settings.generator or miniature.GENERATOR, discriminator_path(settings), *shots]
     found = {name: x for name, x in asdict(settings).items() if name not in OF_A_CALL}
     return found | {f"SHA-256 of {x}": sha256(x) for x in map(str, files) if Path(x).exists()}
 

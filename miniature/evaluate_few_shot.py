@@ -221,16 +221,17 @@ def table(cfg, rows):
     mean = functools.partial(mean_of, rows)
     hours = sum(row["seconds"] for key, row in rows.items() if key[2]) / 3600
     gpu = " and part of a GPU" * any(row.get("device") == "cuda" for row in rows.values())
-    seeds = ", ".join(map(str, cfg.seeds))
+    seeds = "means over seeds" if len(cfg.seeds) > 1 else "seed"
     lines = [
-        f"{cfg.n} pictures of seed {cfg.latents}, means over seeds {seeds}; few shots have "
-        f"{cfg.preset.steps} steps, words those of evaluation.md; the few-shot training took "
-        f"{hours:.1f} hours of one processor{gpu}.",
-        "\nFrom how many shots on the Fréchet distance is less than with words alone:\n",
+        f"{cfg.n} pictures of seed {cfg.latents}, {seeds} {', '.join(map(str, cfg.seeds))}; few "
+        f"shots have {cfg.preset.steps} steps{', words those of evaluation.md' * bool(cfg.words)}; "
+        f"the few-shot training took {hours:.1f} hours of one processor{gpu}."
     ]
-    head = ["target", "method", *(WORDS[word] for word in cfg.words)]
-    lines += [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
-    for target in cfg.targets:
+    if cfg.words:
+        head = ["target", "method", *(WORDS[word] for word in cfg.words)]
+        lines += ["\nFrom how many shots on the Fréchet distance is less than with words alone:\n"]
+        lines += [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
+    for target in cfg.targets if cfg.words else ():
         for m in cfg.methods:
             found = [better_from(cfg, mean, target, m, word) for word in cfg.words]
             lines += [f"| {' | '.join([target, m, *found])} |"]
@@ -299,6 +300,8 @@ def check_asked(cfg):
             raise ValueError(f"--{name} {', '.join(unknown)}; wanted: {', '.join(known)}")
     if not cfg.methods:
         raise ValueError(f"--methods is empty; wanted: {', '.join(FEW)}")
+    if cfg.methods == ("rssa",) and cfg.shots == (1,):
+        raise ValueError("rssa draws codes to the shots', and there is one; wanted: --shots from 2")
     if not cfg.shots or min(cfg.shots) < 1 or len({*cfg.shots}) < len(cfg.shots):
         found = ", ".join(map(str, cfg.shots))
         raise ValueError(f"--shots {found}; wanted: numbers from 1 on, none of them twice")

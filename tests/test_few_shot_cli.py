@@ -115,9 +115,18 @@ def test_other_pictures_do_not_go_on_with_a_run(folder):
     words = few("--method", "tgan", "--save-every", "1", "--out", "run")
     with stopping(1):
         assert answer(*words)[0] == 130
-    shutil.copy("mine/1.png", "mine/9.png")
+    for path in Path("mine").iterdir():
+        Image.new("RGB", (9, 9)).save(path)
     code, _, err = answer(*words, "--resume")
     assert code == 2 and "SHA-256" in err and "mine" in err
+
+
+def test_a_note_beside_the_pictures_changes_nothing(folder):
+    words = few("--method", "tgan", "--save-every", "1", "--out", "run")
+    with stopping(1):
+        assert answer(*words)[0] == 130
+    Path("mine/notes.txt").write_text("no picture")
+    done(*words, "--resume")
 
 
 def test_networks(folder):
@@ -158,7 +167,8 @@ def test_published_numbers_are_the_start():
     ("--images empty", "--images empty: 0 pictures, not 3; wanted: a folder with some of .bmp"),
     ("--images nowhere", "--images nowhere: no such folder"),
     ("--images broken", "cannot read broken/0.png"),
-    ("", "what is the target?; wanted: --images FOLDER, or --target anime"),
+    ("--images mine/1.png", "--images mine/1.png: a file; wanted: a folder"),
+    ("", "neither --images nor --target; wanted: --images FOLDER, or --target anime"),
     ("--images mine --target anime", "both --images and --target; wanted: --images FOLDER"),
     ("--target anime", "--target is for the miniature; wanted: --images FOLDER"),
     ("--images mine --shots 0", "--shots must be at least 1"),
