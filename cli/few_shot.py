@@ -93,9 +93,8 @@ def check(settings):
             if not holds(value := getattr(settings, name)):
                 raise ValueError(f"{flag(name)} must be {wanted}, not {value}")
     if (settings.images is None) == (settings.target is None):
-        found = "both --images and" if settings.images else "neither --images nor"
-        found += " --target"
-        raise ValueError(f"{found}; wanted: --images FOLDER, or --target anime")
+        found = "neither --images nor" if settings.images is None else "both --images and"
+        raise ValueError(f"{found} --target; wanted: --images FOLDER, or --target anime")
     if settings.target is not None:
         if settings.generator is not None:
             raise ValueError("--target is for the miniature; wanted: --images FOLDER")
@@ -190,15 +189,25 @@ def full_paths(settings):
     return replace(settings, **there)
 
 
+def digest_of_shots(settings):
+    """Of the chosen pictures, their names and content."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # they are given when the pictures are read
+            found = "".join(f"{path.name} {sha256(path)} " for path in choose(settings))
+    except ValueError:
+        return "too few pictures"
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
+
+
 def of_the_result(settings):
-    """What a run's result depends on: settings by their names, and its files' content; of a folder
-    of pictures, of those that are chosen."""
-    there = settings.images and Path(settings.images).is_dir()
-    shots = [path.resolve() for path in choose(settings)] if there else []
+    """What a run's result depends on: settings by their names, and its files' content."""
     settings = full_paths(settings)
-    files = [settings.generator or miniature.GENERATOR, discriminator_path(settings), *shots]
+    files = [settings.generator or miniature.GENERATOR, discriminator_path(settings)]
     found = {name: x for name, x in asdict(settings).items() if name not in OF_A_CALL}
-    return found | {f"SHA-256 of {x}": sha256(x) for x in map(str, files) if Path(x).exists()}
+    found |= {f"SHA-256 of {x}": sha256(x) for x in map(str, files) if Path(x).exists()}
+    if settings.images is not None:
+        found[f"SHA-256 of {settings.images}"] = digest_of_shots(settings)
+    return found
 
 
 def read_config(folder):

@@ -13,13 +13,14 @@ with the shots at hand,
   D shots, D true, D generated   share that the adapted discriminator has right of the shots, of
              true targets that were no shots, and of generated pictures
 
-D has right what it gives a logit above (shots, truth) or below 0 (generated); where its zero lies
-is chance. rssa's pictures are of codes near the shots', as in its training. `target`, `nearest` and
-D's shares are taken on the way, too, of the first 64 latents. All few-shot runs have the same
-number of steps, the zero-shot ones those of miniature/evaluate.py. A figure is the mean over the
-seeds; those of each seed are in the JSON file, with the device and the seconds of one processor
-that the training took. Whatever is finished is kept in the folder of --out, and the same command
-goes on where it was; with fewer targets, shots or seeds it writes the tables of those.
+D has right what it gives a logit above (shots, truth) or below 0 (generated), which depends on
+where its zero lies. rssa's pictures are of codes near the shots', as in its training. `target`,
+`nearest` and D's shares are taken on the way, too, of the first 64 latents. All few-shot runs have
+the same number of steps, the zero-shot ones those of miniature/evaluate.py. A figure is the mean
+over the seeds; those of each seed are in the JSON file, with the device and the seconds of one
+processor: of few shots those of the training, of words those of all work. Whatever is finished is
+kept in the folder of --out, and the same command goes on where it was; with fewer targets, shots or
+seeds it writes the tables of those.
 """
 
 import copy
@@ -213,19 +214,21 @@ def better_from(cfg, mean, target, method, word, name="frechet"):
     shots, bar = [k for _, m, k in rows_of(cfg) if m == method], mean(target, word, 0, name)
     ahead = [mean(target, method, k, name) < bar for k in shots]
     since = len(ahead) - ahead[::-1].index(False) if False in ahead else 0
-    return str(shots[since]) if since < len(shots) else "none"
+    return str(shots[since]) if since < len(shots) else "none" if shots else ""
 
 
 def table(cfg, rows):
     """Markdown of all results."""
     mean = functools.partial(mean_of, rows)
-    hours = sum(row["seconds"] for key, row in rows.items() if key[2]) / 3600
-    gpu = " and part of a GPU" * any(row.get("device") == "cuda" for row in rows.values())
+    few = [row for key, row in rows.items() if key[2]]
+    on_gpu = sum(row["device"] == "cuda" for row in few)
+    hours = f"took {sum(row['seconds'] for row in few) / 3600:.1f} hours of one processor"
+    spent = f"was on a GPU in {on_gpu} of {len(few)} runs" if on_gpu else hours
     seeds = "means over seeds" if len(cfg.seeds) > 1 else "seed"
     lines = [
         f"{cfg.n} pictures of seed {cfg.latents}, {seeds} {', '.join(map(str, cfg.seeds))}; few "
         f"shots have {cfg.preset.steps} steps{', words those of evaluation.md' * bool(cfg.words)}; "
-        f"the few-shot training took {hours:.1f} hours of one processor{gpu}."
+        f"the few-shot training {spent}."
     ]
     if cfg.words:
         head = ["target", "method", *(WORDS[word] for word in cfg.words)]

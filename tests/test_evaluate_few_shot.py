@@ -65,6 +65,18 @@ def test_from_how_many_shots_on():
     assert since("nada") == "1"
 
 
+def test_a_table_without_words_says_nothing_of_them():
+    cfg = replace(CFG, words=(), targets=("anime",), methods=("tgan",), shots=(5,), seeds=(1,))
+    row = dict.fromkeys(evaluate_few_shot.SHOWN, 0.5) | {"seconds": 5400.0, "device": "cpu"}
+    keys = ("source", 0, None), ("truth", 0, None), ("tgan", 5, 1)
+    rows = {("anime", *key): row for key in keys}
+    said = evaluate_few_shot.table(cfg, rows)
+    assert ", seed 1; " in said and "took 1.5 hours" in said
+    assert not any(x in said for x in ("words", "NADA", "GPU"))
+    rows["anime", "tgan", 5, 1] = row | {"device": "cuda"}
+    assert "was on a GPU in 1 of 1 runs" in evaluate_few_shot.table(cfg, rows)
+
+
 @HASTY
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:D sees each shot", "ignore:the average will be")
@@ -96,6 +108,7 @@ def test_from_end_to_end_and_on_where_it_was(tmp_path, monkeypatch, one_painter)
         ({"targets": ("cyberpunk",)}, "--targets cyberpunk; wanted: anime, sketch"),
         ({"methods": ("tgan", "ada")}, "--methods ada; wanted: tgan, freezed"),
         ({"methods": ()}, "--methods is empty"),
+        ({"methods": ("rssa",), "shots": (1,)}, "wanted: --shots from 2"),
         ({"words": ("few",)}, "--words few; wanted: nada"),
         ({"shots": (5, 5)}, "--shots 5, 5; wanted: numbers from 1 on"),
         ({"moments": (25,)}, "--moments between 0 and 1"),

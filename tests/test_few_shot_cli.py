@@ -115,17 +115,32 @@ def test_other_pictures_do_not_go_on_with_a_run(folder):
     words = few("--method", "tgan", "--save-every", "1", "--out", "run")
     with stopping(1):
         assert answer(*words)[0] == 130
-    for path in Path("mine").iterdir():
-        Image.new("RGB", (9, 9)).save(path)
-    code, _, err = answer(*words, "--resume")
-    assert code == 2 and "SHA-256" in err and "mine" in err
+    shutil.copytree("mine", "kept")
+    chosen = [path.name for path in few_shot.choose(Settings(images="mine", shots=3))]
+    for change in ("one more", "renamed", "overwritten", "too few"):
+        shutil.rmtree("mine")
+        shutil.copytree("kept", "mine")
+        if change == "one more":
+            shutil.copy("mine/1.png", "mine/9.png")
+        elif change == "renamed":
+            for path in Path("mine").iterdir():
+                path.rename(path.with_stem(f"a{path.stem}"))
+        elif change == "overwritten":
+            Image.new("RGB", (9, 9)).save(Path("mine", chosen[0]))
+        else:
+            for name in chosen:
+                Path("mine", name).unlink()
+        code, _, err = answer(*words, "--resume")
+        assert code == 2 and "SHA-256" in err and "mine" in err, change
 
 
-def test_a_note_beside_the_pictures_changes_nothing(folder):
+def test_what_is_not_chosen_changes_nothing(folder):
     words = few("--method", "tgan", "--save-every", "1", "--out", "run")
     with stopping(1):
         assert answer(*words)[0] == 130
+    chosen = few_shot.choose(Settings(images="mine", shots=3))
     Path("mine/notes.txt").write_text("no picture")
+    Image.new("RGB", (9, 9)).save(next(x for x in Path("mine").iterdir() if x not in chosen))
     done(*words, "--resume")
 
 

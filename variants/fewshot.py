@@ -74,7 +74,7 @@ class Config:
     distance: float = 1000.0  # cdc: weight of L_distance.
     same_noise: bool = False  # cdc: L_distance of equal noise in both generators.
     image_every: int = 4  # cdc, rssa: D judges whole images in each n-th step, else patches.
-    anchors: bool = True  # cdc, rssa: whole images near k fixed latents (--no-anchors: of any).
+    anchors: bool = True  # cdc, rssa: whole images are of latents near k (--no-anchors: of any).
     anchor_spread: float = 0.1  # cdc, rssa: standard deviation around them.
     dag: float = 0.2  # dag: weight of the losses of transformed images.
     # dag: which transforms.
