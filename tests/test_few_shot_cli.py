@@ -139,8 +139,8 @@ def test_what_is_not_chosen_changes_nothing(folder):
     with stopping(1):
         assert answer(*words)[0] == 130
     chosen = few_shot.choose(Settings(images="mine", shots=3))
-    Path("mine/notes.txt").write_text("no picture")
     Image.new("RGB", (9, 9)).save(next(x for x in Path("mine").iterdir() if x not in chosen))
+    Path("mine/notes.txt").write_text("no picture")
     done(*words, "--resume")
 
 
