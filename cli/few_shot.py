@@ -22,7 +22,7 @@ from checkpoints.images import SUFFIXES, picture_paths
 from cli import pictures, processes
 from cli.diffusion import read_picture
 from cli.invert import projected
-from cli.resume import OF_A_CALL, Keeper, sha256
+from cli.resume import OF_A_CALL, Keeper, sha256, sha256_of_pictures
 from cli.run_folder import FILES, save_run
 from cli.settings import expand, flag
 from miniature import faces
@@ -189,16 +189,6 @@ def full_paths(settings):
     return replace(settings, **there)
 
 
-def digest_of_shots(settings):
-    """Of the chosen pictures, their names and content."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # they are given when the pictures are read
-            found = "".join(f"{path.name} {sha256(path)} " for path in choose(settings))
-    except ValueError:
-        return "too few pictures"
-    return hashlib.sha256(found.encode()).hexdigest()[:16]
-
-
 def of_the_result(settings):
     """What a run's result depends on: settings by their names, and its files' content."""
     settings = full_paths(settings)
@@ -206,7 +196,12 @@ def of_the_result(settings):
     found = {name: x for name, x in asdict(settings).items() if name not in OF_A_CALL}
     found |= {f"SHA-256 of {x}": sha256(x) for x in map(str, files) if Path(x).exists()}
     if settings.images is not None:
-        found[f"SHA-256 of {settings.images}"] = digest_of_shots(settings)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # they are given where it is read
+                digest = sha256_of_pictures(choose(settings))
+        except ValueError:
+            digest = "too few pictures"
+        found[f"SHA-256 of {settings.images}"] = digest
     return found
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import ipl
 import miniature
 from checkpoints.files import write_atomically
+from checkpoints.images import picture_paths
 from cli.messages import in_words
 from cli.processes import any_rank, deferred_signals, rank
 from cli.run_folder import (
@@ -265,12 +266,22 @@ def read_checkpoint(path):
 def of_the_result(settings):
     """What a run's result depends on: settings by their names, and its files' content."""
     settings = full_paths(settings)
-    named = settings.generator, settings.images, settings.target_images, *settings.clip
+    named = settings.generator, *settings.clip
     files = [x for x in named if x and x != EMBEDDED and Path(x).exists()]
     if settings.generator in (None, EMBEDDED):
         files += [miniature.DDPM if settings.generator else miniature.GENERATOR, miniature.CLIP]
     found = {name: x for name, x in asdict(settings).items() if name not in OF_A_CALL}
+    for name in (settings.images, settings.target_images):
+        if name and Path(name).is_dir():
+            with warnings.catch_warnings(action="ignore"):  # they are given where it is read
+                found[f"SHA-256 of {name}"] = sha256_of_pictures(picture_paths(Path(name)))
     return found | {f"SHA-256 of {name}": sha256(name) for name in files}
+
+
+def sha256_of_pictures(paths):
+    """Of their names and content."""
+    said = "".join(f"{path.name} {sha256(path)} " for path in paths)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def sha256(path):

@@ -26,6 +26,7 @@ seeds it writes the tables of those.
 import copy
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -234,8 +235,7 @@ def table(cfg, rows):
         head = ["target", "method", *(WORDS[word] for word in cfg.words)]
         lines += ["\nFrom how many shots on the Fréchet distance is less than with words alone:\n"]
         lines += [f"| {' | '.join(head)} |", "| --- |" + " --- |" * (len(head) - 1)]
-    for target in cfg.targets if cfg.words else ():
-        for m in cfg.methods:
+        for target, m in itertools.product(cfg.targets, cfg.methods):
             found = [better_from(cfg, mean, target, m, word) for word in cfg.words]
             lines += [f"| {' | '.join([target, m, *found])} |"]
     for target in cfg.targets:

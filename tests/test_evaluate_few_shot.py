@@ -63,6 +63,8 @@ def test_from_how_many_shots_on():
     assert since("nada") == "none"
     figures |= {("cdc", 1): 1, ("cdc", 10): 1}
     assert since("nada") == "1"
+    cfg = replace(cfg, methods=("rssa",), shots=(1,))  # which needs two: there is nothing to say
+    assert evaluate_few_shot.better_from(cfg, mean, "anime", "rssa", "nada") == ""
 
 
 def test_a_table_without_words_says_nothing_of_them():

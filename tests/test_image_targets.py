@@ -103,6 +103,14 @@ def test_other_pictures_do_not_go_on_with_a_run(folder):
     assert code == 2 and "SHA-256" in err and "mine" in err
 
 
+def test_a_note_beside_the_pictures_does_not_stop_a_run(folder):
+    words = [*WORLD, *SHORT, "--target-images", "mine", "--image-weight", ".5", "--out", "run"]
+    with stopping(3):
+        assert answer(*words, "--save-every", "1")[0] == 130
+    Path("mine/notes.txt").write_text("no picture")
+    done(*words, "--resume")
+
+
 @pytest.mark.parametrize("words, line", [
     ("--target-images nowhere --method nada", "--target-images nowhere: no such folder"),
     ("--target-images empty --method nada", "there is no picture in it"),
