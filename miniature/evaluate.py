@@ -25,7 +25,9 @@ one more is
 With --run it only reads one finished run. A row is the mean over the seeds, +- half the 95%
 interval of Student's t; differences are of runs of one seed (stage 1 draws from the same
 generator, so IPL's stage 2 sees other latents than NADA's). `forms` stands below the table;
-each cue, `source` and `inception` are in the JSON file only. The true pictures are drawn before
+each cue, `source`, `inception` and `reached` are in the JSON file only. The last tells what the
+CLIP makes of the result: the mean cos of the step from the generator's picture of a person to the
+adapted one's with that person's true step. The true pictures are drawn before
 the runs, by all processors. Whatever is finished is kept in the folder of --out, so a stopped
 evaluation goes on where it was; the same command with fewer targets or seeds writes the table of
 those. The head of the table says how long its runs took.
@@ -384,12 +386,18 @@ def run(cfg, target, method, seed):
         adapted, more["anchors"] = train_air(preset, method, generator, (clip_model, transform))
     else:
         adapted, direction = train(preset, method, generator, clip_model, transform, oracle)
-    images = truth.pictures(adapted)
+    images, true_steps = truth.pictures(adapted), oracle.steps[-cfg.n :]
     row = truth.figures(images, target) | more
-    if direction:
-        with torch.no_grad():
-            cosines = F.cosine_similarity(direction(truth.w, truth.z), oracle.steps[-cfg.n :])
-        row["cosine"] = cosines.mean().item()
+    with torch.no_grad():
+        if direction:
+            cosines = F.cosine_similarity(direction(truth.w, truth.z), true_steps)
+            row["cosine"] = cosines.mean().item()
+        before, after = (
+            torch.cat([clip_model.encode_image(transform(part)) for part in x.split(64)])
+            for x in (truth.pictures(generator), images)
+        )
+        steps = ipl.feature_delta(before, after)
+        row["reached"] = F.cosine_similarity(steps, true_steps).mean().item()
     row |= {"seconds": time.process_time() - start, "device": images.device.type}
     torch.save(as_pixels(images[:5]), file_of(cfg, target, method, seed, suffix=".pt"))
     write_json(file_of(cfg, target, method, seed), row)
