@@ -163,7 +163,7 @@ def text_of(settings):
 
 
 def has_truth(settings):
-    labels = {settings.source.strip(), settings.target.strip()}
+    labels = {miniature.domain_of(x) for x in (settings.source, settings.target)}
     return of_miniature(settings) and not settings.images and labels <= set(miniature.LABELS)
 
 
@@ -192,9 +192,9 @@ def floor_of_truth(settings, generator, clips, mappers):
 
 def judged(settings, generator, adapted, n=64):
     """What the judge sees in n pictures of latents that no training uses, in words."""
-    target = settings.target.strip()
+    source, target = map(miniature.domain_of, (settings.source, settings.target))
     kind, n = (InvertedTruth, n // 2) if settings.generator else (Truth, n)
-    truth = kind(n, 70_000, load_judge(), generator.cpu(), settings.source.strip())
+    truth = kind(n, 70_000, load_judge(), generator.cpu(), source)
     found = truth.figures(truth.pictures(adapted.cpu()), target)
     best = truth.figures(truth.draw(target), target)
     names = {"target": target, "attributes": "attributes kept", "identity": "same person"}

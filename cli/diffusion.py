@@ -17,7 +17,7 @@ from checkpoints.diffusion import is_diffusion, load_unet
 from checkpoints.images import SUFFIXES, as_square, picture_paths, read_image
 from cli.settings import EMBEDDED
 from diffusion import DiffusionGenerator
-from miniature import faces
+from miniature import domain_of, faces
 from miniature.truth_diffusion import small
 
 
@@ -56,7 +56,8 @@ def pictures_of(settings, generator):
         if settings.generator != EMBEDDED:
             raise ValueError("a diffusion model adapts pictures; wanted: --images FOLDER")
         persons = persons_of(settings, n)
-        return small(faces.render(persons, faces.styles_of(settings.source.strip(), n)), side)
+        styles = faces.styles_of(domain_of(settings.source), n)
+        return small(faces.render(persons, styles), side)
     pictures = read_pictures("--images", Path(settings.images), side, n)
     if settings.method == "ipl" and len(pictures) < 2:
         found = f"--images {settings.images}: one picture"
@@ -151,7 +152,8 @@ def arguments(settings, generator, images, rng):
 def true_pairs(settings, generator, n=32):
     """z of the first n rows of the bank, and true pictures of their persons in both domains."""
     persons = persons_of(settings, generator.z_dim)[:n]
-    styles = (faces.styles_of(x.strip(), len(persons)) for x in (settings.source, settings.target))
+    domains = map(domain_of, (settings.source, settings.target))
+    styles = (faces.styles_of(x, len(persons)) for x in domains)
     pictures = (small(faces.render(persons, x), generator.resolution) for x in styles)
     return torch.eye(generator.z_dim)[: len(persons)], *pictures
 

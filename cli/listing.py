@@ -20,6 +20,8 @@ def list(folder: Path = Path("runs")):
         folder: Where the runs are.
     """
     folder = Path(expand(folder))
+    if not folder.is_dir() and folder != Path("runs"):  # which the first run makes
+        raise ValueError(f"--folder {folder}: no such folder; wanted: where the runs are")
     print("domains of the miniature, for --source and --target; any other words: --generator FILE")
     print(*(f"  {name:12}{LOOKS[name]}" for name in LABELS), sep="\n")
     runs = sorted(x for x in folder.glob("*") if find_generator(x))

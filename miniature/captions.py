@@ -230,6 +230,11 @@ def unknown_words(text):
     return [word for word in words if word not in known]
 
 
+def domain_of(label):
+    """A label as domains are named, and as CLIP reads it: lower case, single spaces."""
+    return " ".join(label.lower().split())
+
+
 def check_labels(*labels):
     """Raises ValueError, of one line, if the miniature's CLIP has never read a word of them."""
     if unknown := [word for label in labels for word in unknown_words(label)]:

@@ -298,7 +298,7 @@ def read_run(cfg):
     if adapted is None:
         raise ValueError(f"{cfg.run} is no finished run; wanted: a folder with a generator.pt")
     settings = read_config(cfg.run)
-    domains = settings.source.strip(), settings.target.strip()
+    domains = captions.domain_of(settings.source), captions.domain_of(settings.target)
     if settings.generator or not set(domains) <= set(faces.DOMAINS):
         wanted = f"a run of the miniature, with two of {', '.join(faces.DOMAINS)}"
         raise ValueError(f"{cfg.run}: {' to '.join(domains)} has no truth; wanted: {wanted}")
@@ -403,22 +403,31 @@ def run(cfg, target, method, seed):
     write_json(file_of(cfg, target, method, seed), row)
 
 
-def check_asked(cfg):
-    """Raises ValueError, of one line, about what was asked for."""
-    for name, known in (("targets", faces.DOMAINS[1:]), ("methods", METHODS), ("seeds", None)):
+def check_lists(cfg, default, **known):
+    """What is asked for of known {name: values, or None for any}, and the preset's parts that are
+    each run's own, or a ValueError of one line. default: the preset that nothing was asked of."""
+    for name, values in known.items():
         given = getattr(cfg, name)
         if not given or len(set(given)) < len(given):
             raise ValueError(f"--{name} is empty, or names one twice")
-        if known and (unknown := [x for x in given if x not in known]):
-            raise ValueError(f"--{name} {', '.join(unknown)}; wanted: {', '.join(known)}")
-    if min(cfg.processes, cfg.bank) < 1 or cfg.n < 16:
-        raise ValueError("--processes and --bank must be at least 1, and --n at least 16")
+        if values and (unknown := [x for x in given if x not in values]):
+            raise ValueError(f"--{name} {', '.join(unknown)}; wanted: {', '.join(values)}")
+    for name in ("target", "method", "seed"):
+        if getattr(cfg.preset, name) != getattr(default, name):
+            raise ValueError(f"--preset.{name} is each run's own; wanted: --{name}s")
     for name in ("source", "generator", "class_index", "clip", "clip_weights", "device"):
-        if getattr(cfg.preset, name) != getattr(MINIATURE, name):
+        if getattr(cfg.preset, name) != getattr(default, name):
             flag, of = f"--preset.{name.replace('_', '-')}", "the miniature's photos, on --device"
             raise ValueError(f"{flag} is fixed: all runs are of {of}")
     check(cfg.preset)
     pick_device(cfg.device)
+
+
+def check_asked(cfg):
+    """Raises ValueError, of one line, about what was asked for."""
+    check_lists(cfg, MINIATURE, targets=faces.DOMAINS[1:], methods=METHODS, seeds=None)
+    if min(cfg.processes, cfg.bank) < 1 or cfg.n < 16:
+        raise ValueError("--processes and --bank must be at least 1, and --n at least 16")
 
 
 def settings_of(cfg):

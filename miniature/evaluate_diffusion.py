@@ -30,11 +30,14 @@ from cli.adapt import load_clips
 from cli.processes import pick_device
 from cli.resume import sha256
 from cli.settings import MINIATURE_DDPM, Settings
+from miniature import faces
 from miniature.evaluate import SHOWN as COLUMNS
-from miniature.evaluate import call, cells, hold_to, picture, silent, write_json
+from miniature.evaluate import call, cells, check_lists, hold_to, picture, silent, write_json
 from miniature.judge import load_judge
 from miniature.truth import as_pixels
 from miniature.truth_diffusion import InvertedTruth
+
+NAMES = {"nada": "DiffusionCLIP", "ipl": "Diff-IPL"}
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,10 @@ def table(rows, cfg):
     seeds = ", ".join(map(str, cfg.seeds))
     lines = [f"{cfg.n} persons of seed {cfg.latents}; seeds {seeds}; the runs took {hours:.1f} "
              "hours of one CPU core.", ""]  # fmt: skip
-    names = {"nada": "DiffusionCLIP", "ipl": "Diff-IPL"}
     for target in cfg.targets:
         lines += [f"### {target}", "", f"| method | {' | '.join(COLUMNS)} |"]
         lines += ["| --- |" + " --- |" * len(COLUMNS)]
-        kinds = {names[m]: [rows[target, m, s] for s in cfg.seeds] for m in cfg.methods}
+        kinds = {NAMES[m]: [rows[target, m, s] for s in cfg.seeds] for m in cfg.methods}
         kinds |= {name: [rows[target, name, None]] for name in ("source", "truth")}
         if {"nada", "ipl"} <= set(cfg.methods):
             pairs = zip(kinds["Diff-IPL"], kinds["DiffusionCLIP"], strict=True)
@@ -109,6 +111,9 @@ def table(rows, cfg):
 
 
 def main(cfg):
+    check_lists(cfg, MINIATURE_DDPM, targets=faces.DOMAINS[1:], methods=NAMES, seeds=None)
+    if cfg.n < 16:
+        raise ValueError(f"--n must be at least 16, not {cfg.n}")
     cfg.out.mkdir(parents=True, exist_ok=True)
     names = {field.name for field in fields(Settings)} - {"target", "method", "seed"}
     digests = {Path(x).name: sha256(x) for x in (miniature.DDPM, miniature.CLIP, miniature.JUDGE)}

@@ -25,7 +25,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from miniature import faces
+from miniature import captions, faces
 from miniature.judge import NONE
 from miniature.train import pool
 
@@ -35,7 +35,7 @@ def true_pairs(source, target, n=64, seed=0):
 
     None if a label is not the name of a domain: "photo with anime eyes" has no one truth.
     """
-    source, target = source.strip(), target.strip()
+    source, target = captions.domain_of(source), captions.domain_of(target)
     if not {source, target} <= set(faces.DOMAINS):
         return None
     z = torch.randn(n, faces.W_DIM, generator=torch.Generator().manual_seed(seed))

@@ -11,8 +11,8 @@ from PIL import Image
 
 import ipl
 import miniature
-from cli.settings import MINIATURE
-from miniature import evaluate, faces, inspect
+from cli.settings import MINIATURE, MINIATURE_DDPM
+from miniature import evaluate, evaluate_diffusion, faces, inspect
 from miniature.judge import Judge
 from miniature.train import pool
 from miniature.truth import Truth, as_pixels
@@ -150,6 +150,10 @@ def test_evaluate_shares_the_machine(tmp_path, one_painter):
         ({"targets": ("cyberpunk",)}, "--targets cyberpunk; wanted: anime, sketch"),
         ({"methods": ("nada", "nada")}, "--methods is empty, or names one twice"),
         ({"preset": replace(MINIATURE, source="anime")}, "--preset.source is fixed"),
+        (
+            {"preset": replace(MINIATURE, seed=3)},
+            "--preset.seed is each run's own; wanted: --seeds",
+        ),
         ({"device": "tpu"}, "no device 'tpu'"),
         ({"run": Path("nowhere")}, "nowhere is no finished run"),
     ],
@@ -157,6 +161,23 @@ def test_evaluate_shares_the_machine(tmp_path, one_painter):
 def test_evaluate_refuses(tmp_path, asked, answer):
     with pytest.raises(ValueError, match=answer):
         evaluate.main(evaluate.Config(out=tmp_path / "out", **asked))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        ({"targets": ("cyberpunk",)}, "--targets cyberpunk; wanted: anime, sketch"),
+        ({"methods": ("own",)}, "--methods own; wanted: nada, ipl"),
+        ({"seeds": ()}, "--seeds is empty"),
+        ({"n": 3}, "--n must be at least 16, not 3"),
+        ({"preset": replace(MINIATURE_DDPM, method="nada")}, "wanted: --methods"),
+        ({"preset": MINIATURE}, "--preset.generator is fixed"),
+    ],
+)
+def test_the_evaluation_of_diffusion_refuses(tmp_path, asked, answer):
+    with pytest.raises(ValueError, match=answer):
+        evaluate_diffusion.main(evaluate_diffusion.Config(out=tmp_path / "out", **asked))
     assert not (tmp_path / "out").exists()
 
 

@@ -221,7 +221,7 @@ def test_warnings(folder):
 @pytest.mark.slow
 def test_the_embedded_world_has_all_it_takes(tmp_path):
     """Its generator, its discriminator and shots of its own."""
-    words = "few-shot --target zombie --steps 2 --ema .3 --shots 2 --samples 2".split()
+    words = "few-shot --target Zombie --steps 2 --ema .3 --shots 2 --samples 2".split()
     code, said, err = answer(*words, "--out", tmp_path / "run")
     assert code == 0 and "samples.png" in said, err
     rows = history_of(tmp_path / "run")

@@ -1,6 +1,7 @@
 """The embedded world: persons, styles, captions, the three committed networks, the truth."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from conftest import rng
 import ipl
 import miniature
 from checkpoints import load_generator
+from cli.adapt import has_truth
+from cli.settings import MINIATURE
 from miniature import captions, faces, truth
 from miniature.judge import load_judge
 
@@ -156,6 +159,16 @@ def test_true_pairs_are_the_persons_of_their_latents():
     for images, domain in zip(pair, ("photo", "anime"), strict=True):
         torch.testing.assert_close(images, draw(faces.persons_from_z(z), domain))
     assert miniature.true_pairs("photo", "photo with anime eyes") is None
+
+
+def test_labels_in_capitals_have_the_same_truth():
+    settings = replace(MINIATURE, source="Photo ", target="Pixel  Art")
+    assert has_truth(settings) and not has_truth(replace(settings, target="Pixels"))
+    torch.testing.assert_close(
+        miniature.true_pairs("Photo ", "Pixel  Art", n=1)[2],
+        miniature.true_pairs("photo", "pixel art", n=1)[2],
+        rtol=0, atol=0,
+    )  # fmt: skip
 
 
 def test_figures_have_their_known_values():

@@ -348,4 +348,7 @@ def test_list_has_the_targets_and_the_runs(folder):
     said = done("list", "--folder", folder)
     assert all(word in said for word in ("ukiyo-e", "woodblock", "finished runs in", ": 5"))
     assert "anime  photo to anime, nada, seed 0" in said
-    assert "finished runs in nowhere: none" in done("list", "--folder", "nowhere")
+    code, _, err = answer("list", "--folder", "nowhere")
+    assert code == 2 and err.count("\n") == 1 and "nowhere: no such folder" in err
+    folder.joinpath("none").mkdir()
+    assert "finished runs in none: none" in done("list", "--folder", "none")
