@@ -163,7 +163,7 @@ def text_of(settings):
 
 
 def has_truth(settings):
-    labels = {miniature.domain_of(x) for x in (settings.source, settings.target)}
+    labels = {miniature.plain_label(x) for x in (settings.source, settings.target)}
     return of_miniature(settings) and not settings.images and labels <= set(miniature.LABELS)
 
 
@@ -192,7 +192,7 @@ def floor_of_truth(settings, generator, clips, mappers):
 
 def judged(settings, generator, adapted, n=64):
     """What the judge sees in n pictures of latents that no training uses, in words."""
-    source, target = map(miniature.domain_of, (settings.source, settings.target))
+    source, target = map(miniature.plain_label, (settings.source, settings.target))
     kind, n = (InvertedTruth, n // 2) if settings.generator else (Truth, n)
     truth = kind(n, 70_000, load_judge(), generator.cpu(), source)
     found = truth.figures(truth.pictures(adapted.cpu()), target)

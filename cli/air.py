@@ -10,7 +10,7 @@ import tyro
 import ipl
 from cli import adapt, check_words, messages, pictures, processes, run_folder
 from cli.settings import MINIATURE, Settings, expand, preset_of
-from miniature import domain_of, faces
+from miniature import faces, plain_label
 from variants import air
 
 # Of the 120 steps of the miniature's preset: four anchors, the first one half the way. The prompt's
@@ -43,7 +43,7 @@ def true_features(run, generator, clip):
     if not adapt.has_truth(run):
         return None
     z, E_I = air.anchor_latents(run, generator), ipl.image_encoder(*clip)
-    styles = faces.styles_of(domain_of(run.target), run.latents)
+    styles = faces.styles_of(plain_label(run.target), run.latents)
     images = faces.render(faces.persons_from_z(z.cpu()), styles).to(z.device)
     return torch.cat([E_I(x) for x in images.split(32)])
 

@@ -17,7 +17,7 @@ from checkpoints.diffusion import is_diffusion, load_unet
 from checkpoints.images import SUFFIXES, as_square, picture_paths, read_image
 from cli.settings import EMBEDDED
 from diffusion import DiffusionGenerator
-from miniature import domain_of, faces
+from miniature import faces, plain_label
 from miniature.truth_diffusion import small
 
 
@@ -56,7 +56,11 @@ def pictures_of(settings, generator):
         if settings.generator != EMBEDDED:
             raise ValueError("a diffusion model adapts pictures; wanted: --images FOLDER")
         persons = persons_of(settings, n)
-        styles = faces.styles_of(domain_of(settings.source), n)
+        source = plain_label(settings.source)
+        if source not in faces.DOMAINS:
+            known = ", ".join(faces.DOMAINS)
+            raise ValueError(f"--source {source!r} cannot be drawn; wanted: one of {known}")
+        styles = faces.styles_of(source, n)
         return small(faces.render(persons, styles), side)
     pictures = read_pictures("--images", Path(settings.images), side, n)
     if settings.method == "ipl" and len(pictures) < 2:
@@ -152,7 +156,7 @@ def arguments(settings, generator, images, rng):
 def true_pairs(settings, generator, n=32):
     """z of the first n rows of the bank, and true pictures of their persons in both domains."""
     persons = persons_of(settings, generator.z_dim)[:n]
-    domains = map(domain_of, (settings.source, settings.target))
+    domains = map(plain_label, (settings.source, settings.target))
     styles = (faces.styles_of(x, len(persons)) for x in domains)
     pictures = (small(faces.render(persons, x), generator.resolution) for x in styles)
     return torch.eye(generator.z_dim)[: len(persons)], *pictures

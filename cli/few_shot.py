@@ -219,7 +219,7 @@ def read_config(folder):
 def run(settings):
     """Results that are in the folder stay until the new ones are written."""
     paths = {name: expand(getattr(settings, name)) for name in (*PATHS, "out")}
-    target = settings.target and miniature.domain_of(settings.target)
+    target = settings.target and miniature.plain_label(settings.target)
     settings = replace(settings, **paths, target=target)
     check(settings)
     processes.choose_kernels(deterministic=False, tf32=False)

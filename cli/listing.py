@@ -21,7 +21,7 @@ def list(folder: Path = Path("runs")):
     """
     folder = Path(expand(folder))
     if not folder.is_dir() and folder != Path("runs"):  # which the first run makes
-        raise ValueError(f"--folder {folder}: no such folder; wanted: where the runs are")
+        raise ValueError(f"--folder {folder}: no folder; wanted: where the runs are")
     print("domains of the miniature, for --source and --target; any other words: --generator FILE")
     print(*(f"  {name:12}{LOOKS[name]}" for name in LABELS), sep="\n")
     runs = sorted(x for x in folder.glob("*") if find_generator(x))

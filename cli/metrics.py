@@ -24,7 +24,7 @@ from cli.run_folder import FEW_SHOT, find_generator, made_by, make_folder, read_
 from cli.sample import generators
 from cli.settings import check, expand, flag
 from diffusion import DiffusionGenerator
-from miniature import domain_of, faces
+from miniature import faces, plain_label
 from miniature.judge import load_judge
 from miniature.train import pool
 
@@ -369,7 +369,7 @@ class Truth:
         z = ipl.sample_latents(n, faces.W_DIM, settings.seed)
         rng = torch.Generator().manual_seed(settings.seed)
         self.persons, others = faces.persons_from_z(z), faces.sample_persons(n, rng)
-        source, target = map(domain_of, (settings.source, settings.target))
+        source, target = map(plain_label, (settings.source, settings.target))
         self.goal = faces.DOMAINS.index(target)
         styles = [faces.styles_of(domain, n) for domain in (source, target)]
         both = pool.draw(self.persons, torch.stack(styles, 1), settings.seed, desc="the truth")

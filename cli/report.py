@@ -21,7 +21,7 @@ from cli.adapt import has_truth
 from cli.run_folder import find_generator, made_by, make_folder, read_config
 from cli.sample import generators, latents_of, seeds_of
 from cli.settings import check, command_of, expand, flag, preset_of
-from miniature import domain_of, faces
+from miniature import faces, plain_label
 from miniature.judge import load_judge
 from miniature.truth import Truth, as_pixels
 
@@ -157,15 +157,15 @@ def pictures_and_figures(folders, found, names, numbers, psi, device, n=64):
             w = ipl.truncate(source.mapping(z.to(device)), source.w_avg, psi)
             words = ", ".join(dict.fromkeys(x.source.strip() for x in found))
             rows.append((words, "source", draw(source, w)))
-        word = domain_of(settings.target)
+        word = plain_label(settings.target)
         rows.append((settings.target.strip(), names[i], draw(adapted, w)))
         if not has_truth(settings):
             continue
-        last = word not in [domain_of(x.target) for x in found[i + 1 :] if has_truth(x)]
+        last = word not in [plain_label(x.target) for x in found[i + 1 :] if has_truth(x)]
         if last and psi == 1:  # else these are other persons
             truth = faces.render(faces.persons_from_z(z), faces.styles_of(word, len(z)))
             rows.append((word, "the truth", as_pixels(truth)))
-        kind = domain_of(settings.source)
+        kind = plain_label(settings.source)
         judge = judge or load_judge()
         if kind not in truths:
             truths[kind] = Truth(n, 70_000, judge, source.cpu(), kind)

@@ -16,7 +16,7 @@ import ipl
 from checkpoints.diffusion import is_diffusion
 from checkpoints.download import split_url
 from checkpoints.stylegan2 import WANTED
-from miniature import LABELS
+from miniature import LABELS, plain_label
 
 EMBEDDED = "miniature-ddpm"  # the --generator that is the embedded diffusion model
 
@@ -176,6 +176,8 @@ def parse(argv, describe=True):
     if not any(word.startswith(("--clip-weights", "--clip_weights")) for word in argv):
         # the preset's weight is of each CLIP
         paths["clip_weights"] = default.clip_weights[:1] * max(1, len(clips))
+    if paths["generator"] in (None, EMBEDDED):  # its domains are named so
+        paths["source"], *targets = map(plain_label, (values["source"], *targets))
     return [Settings(**values | paths, target=target) for target in targets]
 
 
@@ -260,7 +262,7 @@ def check(settings, **names):
          "--clip-weights must be a number above 0 for each CLIP of --clip"),
         (not source.strip(), "--source is empty; wanted: a domain in words, such as photo"),
         (not target.strip(), "--target is empty; wanted: a domain in words, such as anime"),
-        (source.lower().split() == target.lower().split(),  # CLIP reads lower case
+        (plain_label(source) == plain_label(target),
          f"--source and --target are both {target!r}; wanted: two domains"),
         (settings.out is not None and not settings.out.strip(),
          "--out is empty; wanted: a folder, or no --out"),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from miniature.captions import LABELS, check_labels, domain_of
+from miniature.captions import LABELS, check_labels, plain_label
 from miniature.truth import true_pairs
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -13,4 +13,4 @@ DDPM = WEIGHTS / "ddpm"
 DISCRIMINATOR = WEIGHTS / "discriminator.pt"  # of the generator; few-shot adaptation needs it
 
 __all__ = ["CLIP", "DDPM", "DISCRIMINATOR", "GENERATOR", "JUDGE", "LABELS", "WEIGHTS"]
-__all__ += ["check_labels", "domain_of", "true_pairs"]
+__all__ += ["check_labels", "plain_label", "true_pairs"]

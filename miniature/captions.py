@@ -230,8 +230,8 @@ def unknown_words(text):
     return [word for word in words if word not in known]
 
 
-def domain_of(label):
-    """A label as domains are named, and as CLIP reads it: lower case, single spaces."""
+def plain_label(label):
+    """A label as CLIP reads it, and as domains are named: lower case, single spaces."""
     return " ".join(label.lower().split())
 
 

@@ -25,12 +25,12 @@ one more is
 With --run it only reads one finished run. A row is the mean over the seeds, +- half the 95%
 interval of Student's t; differences are of runs of one seed (stage 1 draws from the same
 generator, so IPL's stage 2 sees other latents than NADA's). `forms` stands below the table;
-each cue, `source`, `inception` and `reached` are in the JSON file only. The last tells what the
-CLIP makes of the result: the mean cos of the step from the generator's picture of a person to the
-adapted one's with that person's true step. The true pictures are drawn before
-the runs, by all processors. Whatever is finished is kept in the folder of --out, so a stopped
-evaluation goes on where it was; the same command with fewer targets or seeds writes the table of
-those. The head of the table says how long its runs took.
+each cue, `source`, `inception` and `reached` are in the JSON file only. The last is what the CLIP
+makes of a result: the mean cos of the step from the generator's picture of a person to the adapted
+one's (in the row `truth`: to the true picture) with that person's true step. The true pictures are
+drawn before the runs, by all processors. Whatever is finished is kept in the folder of --out, so a
+stopped evaluation goes on where it was; the same command with fewer targets or seeds writes the
+table of those. The head of the table says how long its runs took.
 """
 
 import copy
@@ -70,6 +70,8 @@ USUAL = ("nada", "ipl", "published", "mean", "own", "caption")
 METHODS = (*USUAL, "pixels", "air", "air-ipl")
 OF_THE_PAPER = "residual lambda_domain lambda_source lambda_image steps_mapper bank".split()
 PUBLISHED = {name: getattr(ipl.Config(), name) for name in OF_THE_PAPER}
+FIXED = "source generator class_index clip clip_weights images target_images image_weight".split()
+FIXED += "device out overwrite resume".split()  # of a preset
 PERSONAL = ("monster", "fairy tale")
 LONG = dict(steps=300)
 SHOWN = "target none soft cues attributes identity diversity frechet constant structure cosine"
@@ -298,7 +300,7 @@ def read_run(cfg):
     if adapted is None:
         raise ValueError(f"{cfg.run} is no finished run; wanted: a folder with a generator.pt")
     settings = read_config(cfg.run)
-    domains = captions.domain_of(settings.source), captions.domain_of(settings.target)
+    domains = captions.plain_label(settings.source), captions.plain_label(settings.target)
     if settings.generator or not set(domains) <= set(faces.DOMAINS):
         wanted = f"a run of the miniature, with two of {', '.join(faces.DOMAINS)}"
         raise ValueError(f"{cfg.run}: {' to '.join(domains)} has no truth; wanted: {wanted}")
@@ -329,6 +331,16 @@ def file_of(cfg, *names, suffix=".json"):
     return cfg.out / ("-".join(map(str, names)).replace(" ", "-") + suffix)
 
 
+@torch.no_grad()
+def reached(clip_model, transform, before, after, true_steps):
+    """Mean cosine of the step between pictures [n, 3, R, R], in CLIP's space, and the true ones."""
+    before, after = (
+        torch.cat([clip_model.encode_image(transform(part)) for part in x.split(64)])
+        for x in (before, after)
+    )
+    return F.cosine_similarity(ipl.feature_delta(before, after), true_steps).mean().item()
+
+
 def of_target(cfg, target):
     """What the stage 2 of a target has of its own."""
     return LONG if cfg.long and target in PERSONAL else {}
@@ -357,6 +369,8 @@ def draw_truth(cfg):
             continue
         steps = ipl.feature_delta(features["photo"], features[domain])
         kept = {"z": torch.cat([z, truth.z.cpu()]), "steps": steps.cpu(), **truth.summary(domain)}
+        pictures, own = (truth.generated, truth.draw(domain).to(steps.device)), steps[cfg.bank :]
+        kept["rows"]["truth"]["reached"] = reached(clip_model, transform, *pictures, own)
         for file, x in zip(truth_of(cfg, domain), (kept, pixels[: cfg.bank].clone()), strict=False):
             write_atomically(file, functools.partial(torch.save, x))
         del truth.drawn[domain]
@@ -392,20 +406,18 @@ def run(cfg, target, method, seed):
         if direction:
             cosines = F.cosine_similarity(direction(truth.w, truth.z), true_steps)
             row["cosine"] = cosines.mean().item()
-        before, after = (
-            torch.cat([clip_model.encode_image(transform(part)) for part in x.split(64)])
-            for x in (truth.pictures(generator), images)
-        )
-        steps = ipl.feature_delta(before, after)
-        row["reached"] = F.cosine_similarity(steps, true_steps).mean().item()
+    row["reached"] = reached(clip_model, transform, truth.generated, images, true_steps)
     row |= {"seconds": time.process_time() - start, "device": images.device.type}
     torch.save(as_pixels(images[:5]), file_of(cfg, target, method, seed, suffix=".pt"))
     write_json(file_of(cfg, target, method, seed), row)
 
 
 def check_lists(cfg, default, **known):
-    """What is asked for of known {name: values, or None for any}, and the preset's parts that are
-    each run's own, or a ValueError of one line. default: the preset that nothing was asked of."""
+    """Raises ValueError, of one line, for what no evaluation can do.
+
+    known: {name of a list of cfg: what may be in it, or None for anything}. default: the preset
+    before anything was asked of it.
+    """
     for name, values in known.items():
         given = getattr(cfg, name)
         if not given or len(set(given)) < len(given):
@@ -415,9 +427,12 @@ def check_lists(cfg, default, **known):
     for name in ("target", "method", "seed"):
         if getattr(cfg.preset, name) != getattr(default, name):
             raise ValueError(f"--preset.{name} is each run's own; wanted: --{name}s")
-    for name in ("source", "generator", "class_index", "clip", "clip_weights", "device"):
+    if not all(0 <= seed < 2**63 for seed in cfg.seeds):
+        raise ValueError("--seeds must be 0 or more, and below 2^63")
+    for name in FIXED:
         if getattr(cfg.preset, name) != getattr(default, name):
-            flag, of = f"--preset.{name.replace('_', '-')}", "the miniature's photos, on --device"
+            flag = f"--preset.{name.replace('_', '-')}"
+            of = "the miniature's photos, on --device, kept in --out"
             raise ValueError(f"{flag} is fixed: all runs are of {of}")
     check(cfg.preset)
     pick_device(cfg.device)
@@ -437,7 +452,7 @@ def settings_of(cfg):
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     names = {field.name for field in fields(ipl.Config)} - {"target", "method"}
     preset = {name: getattr(cfg.preset, name) for name in sorted(names)}
-    found = {"n": cfg.n, "latents": cfg.latents, "bank": cfg.bank, **preset, **digests}
+    found = {"n": cfg.n, "latents": cfg.latents, **preset, **digests, "oracles' bank": cfg.bank}
     found |= {"long": LONG if cfg.long else None}
     found |= {f"published {name}": value for name, value in PUBLISHED.items()}
     return found | {f"air {name}": value for name, value in SMALL.items()}

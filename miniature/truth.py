@@ -35,7 +35,7 @@ def true_pairs(source, target, n=64, seed=0):
 
     None if a label is not the name of a domain: "photo with anime eyes" has no one truth.
     """
-    source, target = captions.domain_of(source), captions.domain_of(target)
+    source, target = captions.plain_label(source), captions.plain_label(target)
     if not {source, target} <= set(faces.DOMAINS):
         return None
     z = torch.randn(n, faces.W_DIM, generator=torch.Generator().manual_seed(seed))

@@ -349,6 +349,6 @@ def test_list_has_the_targets_and_the_runs(folder):
     assert all(word in said for word in ("ukiyo-e", "woodblock", "finished runs in", ": 5"))
     assert "anime  photo to anime, nada, seed 0" in said
     code, _, err = answer("list", "--folder", "nowhere")
-    assert code == 2 and err.count("\n") == 1 and "nowhere: no such folder" in err
+    assert code == 2 and err.count("\n") == 1 and "nowhere: no folder" in err
     folder.joinpath("none").mkdir()
     assert "finished runs in none: none" in done("list", "--folder", "none")
