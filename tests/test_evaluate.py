@@ -64,6 +64,22 @@ def test_pixels_are_learned_and_the_source_stays(source):
     assert kept and all(torch.equal(adapted.state_dict()[name], before[name]) for name in kept)
 
 
+def test_reached_is_the_cosine_with_the_true_steps():
+    clip_model, transform = ipl.load_clip(miniature.CLIP)
+    persons = faces.sample_persons(3, rng(0))
+    photo, anime, sketch = (
+        faces.render(persons, faces.styles_of(domain, 3)) for domain in ("photo", "anime", "sketch")
+    )
+    steps = ipl.feature_delta(*(clip_model.encode_image(transform(x)) for x in (photo, anime)))
+    of = {
+        name: evaluate.reached(clip_model, transform, *pair, steps)
+        for name, pair in {
+            "all": (photo, anime), "back": (anime, photo), "other": (photo, sketch),
+        }.items()
+    }  # fmt: skip
+    assert abs(of["all"] - 1) < 1e-5 and abs(of["back"] + 1) < 1e-5 and abs(of["other"]) < 0.9
+
+
 def test_figures_of_change_and_of_forms():
     """They ask for no trained network: a Truth with new ones has persons and pictures too."""
     torch.manual_seed(0)
