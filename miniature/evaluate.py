@@ -332,12 +332,20 @@ def file_of(cfg, *names, suffix=".json"):
 
 
 @torch.no_grad()
-def reached(clip_model, transform, before, after, true_steps):
-    """Mean cosine of the step between pictures [n, 3, R, R], in CLIP's space, and the true ones."""
-    before, after = (
-        torch.cat([clip_model.encode_image(transform(part)) for part in x.split(64)])
-        for x in (before, after)
-    )
+def encoded(clip_model, transform, images):
+    """CLIP's features [n, e] of pictures [n, 3, R, R], 64 at a time."""
+    return torch.cat([clip_model.encode_image(transform(x)) for x in images.split(64)])
+
+
+@functools.cache
+def source_features(n, latents, device):
+    """Of the pictures of this process' world that every run begins with."""
+    _, clip_model, transform, truth = world(n, latents, device)
+    return encoded(clip_model, transform, truth.generated)
+
+
+def reached(before, after, true_steps):
+    """Mean cosine of the step between CLIP's features [n, e] of pictures and the true step."""
     return F.cosine_similarity(ipl.feature_delta(before, after), true_steps).mean().item()
 
 
@@ -369,8 +377,8 @@ def draw_truth(cfg):
             continue
         steps = ipl.feature_delta(features["photo"], features[domain])
         kept = {"z": torch.cat([z, truth.z.cpu()]), "steps": steps.cpu(), **truth.summary(domain)}
-        pictures, own = (truth.generated, truth.draw(domain).to(steps.device)), steps[cfg.bank :]
-        kept["rows"]["truth"]["reached"] = reached(clip_model, transform, *pictures, own)
+        true, before = features[domain][cfg.bank :], source_features(cfg.n, cfg.latents, cfg.device)
+        kept["rows"]["truth"]["reached"] = reached(before, true, steps[cfg.bank :])
         for file, x in zip(truth_of(cfg, domain), (kept, pixels[: cfg.bank].clone()), strict=False):
             write_atomically(file, functools.partial(torch.save, x))
         del truth.drawn[domain]
@@ -406,13 +414,14 @@ def run(cfg, target, method, seed):
         if direction:
             cosines = F.cosine_similarity(direction(truth.w, truth.z), true_steps)
             row["cosine"] = cosines.mean().item()
-    row["reached"] = reached(clip_model, transform, truth.generated, images, true_steps)
+    before = source_features(cfg.n, cfg.latents, cfg.device)
+    row["reached"] = reached(before, encoded(clip_model, transform, images), true_steps)
     row |= {"seconds": time.process_time() - start, "device": images.device.type}
     torch.save(as_pixels(images[:5]), file_of(cfg, target, method, seed, suffix=".pt"))
     write_json(file_of(cfg, target, method, seed), row)
 
 
-def check_lists(cfg, default, **known):
+def check_common(cfg, default, **known):
     """Raises ValueError, of one line, for what no evaluation can do.
 
     known: {name of a list of cfg: what may be in it, or None for anything}. default: the preset
@@ -440,7 +449,7 @@ def check_lists(cfg, default, **known):
 
 def check_asked(cfg):
     """Raises ValueError, of one line, about what was asked for."""
-    check_lists(cfg, MINIATURE, targets=faces.DOMAINS[1:], methods=METHODS, seeds=None)
+    check_common(cfg, MINIATURE, targets=faces.DOMAINS[1:], methods=METHODS, seeds=None)
     if min(cfg.processes, cfg.bank) < 1 or cfg.n < 16:
         raise ValueError("--processes and --bank must be at least 1, and --n at least 16")
 

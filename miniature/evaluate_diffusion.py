@@ -32,7 +32,7 @@ from cli.resume import sha256
 from cli.settings import MINIATURE_DDPM, Settings
 from miniature import faces
 from miniature.evaluate import SHOWN as COLUMNS
-from miniature.evaluate import call, cells, check_lists, hold_to, picture, silent, write_json
+from miniature.evaluate import call, cells, check_common, hold_to, picture, silent, write_json
 from miniature.judge import load_judge
 from miniature.truth import as_pixels
 from miniature.truth_diffusion import InvertedTruth
@@ -111,7 +111,7 @@ def table(rows, cfg):
 
 
 def main(cfg):
-    check_lists(cfg, MINIATURE_DDPM, targets=faces.DOMAINS[1:], methods=NAMES, seeds=None)
+    check_common(cfg, MINIATURE_DDPM, targets=faces.DOMAINS[1:], methods=NAMES, seeds=None)
     if cfg.n < 16:
         raise ValueError(f"--n must be at least 16, not {cfg.n}")
     cfg.out.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ def one_step(method, layers, bank=0):
     cfg = ipl.Config(
         noise="fixed", eps=0.1, crop=0.2, batch=4, batch_mapper=8, layer_batch=8, steps=1,
         steps_mapper=1, num_layers=3, lambda_source=0.5, layers=layers, bank=bank,
+        lambda_image=0.5,
     )  # fmt: skip
     rng = torch.Generator().manual_seed(0)
     generator, pair = load_generator(WORLD[1]), ipl.load_clip(WORLD[3])
